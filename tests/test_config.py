@@ -853,6 +853,7 @@ def test_a_config_json_from_before_fields_had_to_be_given_is_read():
     del new["train"]["jit"], new["run_id"], new["data"]["images_first"], new["lora"]
     del new["train"]["num_records"], new["train"]["answer_weight"]
     del new["train"]["sampled_entries"], new["data"]["label_unit"]
+    del new["data"]["label_slope"], new["data"]["tiling"]
     del new["train"]["bfloat16_params"], new["optim"]["name"], new["optim"]["moment_dtype"]
     del new["model"]["llm"]["context_length"]
     del new["train"]["grad_reduce_dtype"], new["train"]["offload_optimizer"]
@@ -996,6 +997,16 @@ def test_moments_in_bfloat16_are_of_adamw_and_of_a_decay_that_they_can_hold():
         UserError, match=r"b2 is 0\.999; with moment_dtype 'bfloat16' .* most 0\.99"
     ):
         read(optim__moment_dtype="bfloat16", optim__b2=0.999)
+
+
+def test_text_lines_have_no_overview_and_no_plan():
+    assert read(data__tiling="lines").data.tiling == "lines"
+    with pytest.raises(UserError, match=r"^config\.data\.tiling 'lines' has no overview; leave"):
+        read(data__tiling="lines", data__use_overview=True)
+    with pytest.raises(UserError, match=r"^config\.data\.tiling 'lines' cannot .* must be 'none'$"):
+        read(data__tiling="lines", data__packing="offline")
+    with pytest.raises(UserError, match=r"tiling is 'line'; did you mean 'lines'\?"):
+        read(data__tiling="line")
 
 
 def test_lora_is_a_group_whose_targets_are_one_pattern_or_several():

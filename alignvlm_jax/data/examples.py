@@ -276,10 +276,10 @@ class ExampleBuilder:
         for i, image in enumerate(record.images):
             # Each page that follows has a tile at least.
             room = left - (len(record.images) - 1 - i)
-            share = most // len(record.images) if data.tiling == "grid" else room
+            limit = most // len(record.images) if data.tiling == "grid" else room
             name = f"{i} of record {record.id}"
             page = images.decode_image(image, name)
-            pages.append(tiling.tile_page(page, self.vision, data, share, f"image {name}"))
+            pages.append(tiling.tile_page(page, self.vision, data, limit, f"image {name}"))
             left -= len(pages[-1].pixels)
         return pages
 

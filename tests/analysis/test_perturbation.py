@@ -113,5 +113,10 @@ def test_patches_on_the_page(loaded):
     data = dataclasses.replace(loaded.config.data, max_tiles=1)
     one_tile = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, data=data))
     assert perturbation.patch_side(one_tile, pages) == 8
+    # Of text lines the middle one: a page without any is a tile of 8 x 16, of half its size.
+    lines = dataclasses.replace(loaded.config.data, tiling="lines")
+    by_lines = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, data=lines))
+    blank = images.encode_png(Image.new("RGB", (16, 16), "white"))
+    assert perturbation.patch_side(by_lines, [dataclasses.replace(pages[0], images=(blank,))]) == 8
     with pytest.raises(UserError, match="no images"):
         perturbation.patch_side(loaded, [dataclasses.replace(pages[0], images=())])

@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from alignvlm_jax import config as config_lib
-from alignvlm_jax.data import images
+from alignvlm_jax.data import images, tiling
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading, patch_tokens, tiles
 from alignvlm_jax.parallel import mesh as mesh_lib
@@ -69,6 +69,18 @@ def test_boxes_cover_the_page_once_and_probabilities_are_those_of_its_tiles(load
         np.testing.assert_allclose(
             np.take_along_axis(p_NV, look.tokens, -1), look.probabilities, atol=1e-6
         )
+
+
+def test_a_page_by_its_text_lines_is_seen_there(loaded):
+    page = Image.new("RGB", (100, 60), "white")
+    ImageDraw.Draw(page).rectangle([10, 20, 48, 31], fill="black")
+    other = with_data(loaded, tiling="lines", max_tiles=4)
+    [lens] = patch_tokens.lenses(other, [page])
+    cut = tiling.tile_page(page, loaded.config.model.vision, other.config.data)
+    assert lens.boxes[:, 1].min() == cut.crops[0, 1] > 10 and not lens.is_overview.any()
+    np.testing.assert_array_equal(lens.boxes[:, 2].max(), cut.crops[-1, 2])
+    with pytest.raises(UserError, match=r"the page has 1 line in 2 tiles of .*max_tiles is 1$"):
+        patch_tokens.lenses(with_data(loaded, tiling="lines", max_tiles=1), [page])
 
 
 def test_gives_as_many_tokens_as_asked_for(loaded):

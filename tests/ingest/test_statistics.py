@@ -42,6 +42,15 @@ def test_distributions_are_those_of_the_records(demo_config, data_dir, tokenizer
     assert found.rejected == {}
 
 
+def test_tiles_by_text_lines_are_not_counted_as_a_grid(demo_config, data_dir, tokenizer):
+    data = dataclasses.replace(demo_config.data, tiling="lines")
+    builder = ExampleBuilder.of(dataclasses.replace(demo_config, data=data), tokenizer)
+    found = statistics.collect(builder, str(data_dir), "train", None)
+    assert found.facts["Tiles of a record"] == "at most 2, by its text lines"
+    assert "text tokens, transcribe" in found.distributions and not found.advice
+    assert not [name for name in found.distributions if "tiles" in name or "row" in name]
+
+
 def test_rejected_by_reason_whatever_is_of_one_record(tmp_path):
     reasons = [
         "too long (120,000 bytes)",

@@ -6,7 +6,9 @@ import pytest
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.data import loader, shards
+from alignvlm_jax.data.lengths import Limits
 from alignvlm_jax.data.record import Record, Turn
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.plan import padding
 from alignvlm_jax.plan.padding import Used
 from tests.prepared import write_shard
@@ -80,6 +82,14 @@ def test_without_the_data_nobody_knows(demo_config, tmp_path):
     for folder in (str(tmp_path / "absent"), str(tmp_path), "gs://bucket/data"):
         data = dataclasses.replace(demo_config.data, dir=folder)
         assert padding.used(data, demo_config.model, demo_config.tokens_per_tile) is None
+
+
+def test_of_tiles_by_text_lines_nobody_knows(demo_config):
+    data = dataclasses.replace(demo_config.data, tiling="lines")
+    assert padding.used(data, demo_config.model, demo_config.tokens_per_tile) is None
+    # Nor are they counted as a grid's.
+    with pytest.raises(UserError, match=r"config\.data\.tiling 'lines': .* no index of sizes"):
+        Limits.of(data, demo_config.model.vision, 32)
 
 
 def test_fraction_of_flops():

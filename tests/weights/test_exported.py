@@ -17,6 +17,7 @@ from alignvlm_jax.commands import convert, generate
 from alignvlm_jax.data import chat, chat_template, tokenizers
 from alignvlm_jax.data.tokenizers.base import ChatFiles
 from alignvlm_jax.errors import UserError
+from alignvlm_jax.inference import loading
 from alignvlm_jax.models import connectors
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import restore, state
@@ -365,6 +366,26 @@ def test_a_part_of_a_model_is_no_model(workdir, tmp_path):
         export_to(tmp_path / "b", workdir, "--components=llm", "--format=transformers")
     with pytest.raises(UserError, match=r"unknown --format 'transfromers'; did you mean"):
         export_to(tmp_path / "b", workdir, "--format=transfromers")
+
+
+def test_an_export_keeps_how_pages_are_cut_and_transformers_knows_a_grid_alone(
+    trained_workdir, tmp_path, monkeypatch, capsys
+):
+    config = restore.load_config(trained_workdir)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tiling="lines"))
+    monkeypatch.setattr(restore, "load_config", lambda *args: config)
+    exports.write_workdir(tmp_path / "run", trained_workdir, "align")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"^config\.data\.tiling 'lines' is not exported: .* grid"):
+        export_to(tmp_path / "a", tmp_path / "run", "--format=transformers")
+    assert not (tmp_path / "a").exists()
+    out = export_to(tmp_path / "out", tmp_path / "run")
+    assert loading.load_config(out).data.tiling == "lines"
+    # A page without lines is one tile; a grid would cut it into two.
+    Image.new("RGB", (16, 16), "white").save(tmp_path / "page.png")
+    capsys.readouterr()
+    generate.main([f"--checkpoint={out}", f"--image={tmp_path / 'page.png'}", "--question=Who?"])
+    assert "16 x 16 pixels, 1 tile\n" in capsys.readouterr().err
 
 
 def test_a_run_cannot_start_from_an_export_and_says_what_can(out):
