@@ -14,13 +14,13 @@ from PIL import Image
 
 CONTRAST = 56
 """Levels, of 255, by which ink differs from what lies behind it: a grey box is not ink."""
-BLOCK = (4, 64)
+BLOCK = (8, 32)
 """Rows and columns of the blocks that may have a background of their own: flat, as text is."""
 FILLED = 0.65
 """Fraction of a block that ink does not reach: with more it is the block's background."""
 STRIP = 32  # Columns over which letters are taken together to measure their height.
 
-RULE = 3.5
+RULE = 5.5
 """Length from which a straight run of ink is a rule, of a table or a frame, and no stroke."""
 HIGH = 2.0  # Height above which a segment is more than one line of the page's usual type.
 THIN = 0.15  # Height below which a segment is no text: the rest of a rule, or a speck.

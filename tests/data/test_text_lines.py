@@ -97,11 +97,20 @@ def test_a_row_of_a_ruled_table_is_a_line(padding):
     check(page)
 
 
+def test_vertical_rules_do_not_join_lines():
+    page = Page()
+    for number in range(12):
+        page.write(120, 60 + 24 * number, TEXT[number * 9 :][:12].strip())
+    for x in (90, 95, 400):
+        page.pen.line([(x, 30), (x, 500)], "black", 3)
+    check(page)
+
+
 def test_a_cell_beside_one_of_two_lines_is_not_cut_through():
     page = Page()
     page.paragraph(90, 40, 6)
     page.write(100, 191, "package")
-    page.write(250, 191, "18062", is_same_line=True)
+    page.write(330, 191, "18062", is_same_line=True)
     page.write(400, 182, "basic package which has dumps,")
     page.write(400, 198, "in octal and hexadecimal digits")
     page.paragraph(90, 240, 3)
@@ -128,19 +137,35 @@ def test_a_word_and_a_blank_page():
 
 
 @pytest.mark.parametrize(
-    "box, ink", [((225,) * 3, "black"), ((250, 240, 200), (0, 0, 160)), ((30, 40, 90), "white")]
+    "box, ink, shift",
+    [
+        ((225,) * 3, "black", 0),
+        ((225,) * 3, "black", 30),
+        ((250, 240, 200), (0, 0, 160), 7),
+        ((30, 40, 90), "white", 7),
+    ],
 )
-def test_a_box_behind_code_is_no_ink(box, ink):
+def test_a_box_behind_code_is_no_ink(box, ink, shift):
     page = Page()
     page.paragraph(90, 60, 3)
-    page.pen.rectangle([80, 130, 760, 262], fill=box)
+    page.pen.rectangle([80 + shift, 130, 760 - shift, 262 + shift % 4], fill=box)
     for number in range(6):
-        page.write(100, 150 + 20 * number, f"$ run --step={number} of_all_{number}", fill=ink)
+        page.write(120, 150 + 20 * number, f"$ run --step={number} of_all_{number}", fill=ink)
     page.paragraph(90, 300, 3)
-    found = text_lines.find(page.image)
-    # What is left of a dark box makes no lines of its own.
-    assert len(found) == 12
-    check(page) if ink != "white" else None
+    found = check(page)
+    # What is left of the sides of a dark box may make a line wider, and no higher.
+    assert np.ptp(found[:, 3] - found[:, 1]) <= 3
+
+
+@pytest.mark.parametrize("size", [40, 48, 60, 72])
+@pytest.mark.parametrize("text", ["E", "TITLE", "EFFECT"])
+def test_large_letters_are_not_cut_through(text, size):
+    """Between its bars a large E has as little ink as the row between two lines, and its stem is as
+    long as the rule between two cells."""
+    page = Page()
+    page.write(60, 90, text, size)
+    page.paragraph(90, 150, 8)
+    check(page)
 
 
 def test_headings_of_other_sizes():
