@@ -341,7 +341,7 @@ def _check_losses(train: TrainConfig, model: ModelConfig, stage: str) -> None:
     else:
         return
     prefix = "" if stage == "train" else f"stages.{stage}."
-    cure = "" if train.answer_weight else f"; --config.{prefix}train.answer_weight=1 adds another"
+    cure = f"; --config.{prefix}train.answer_weight=1 adds another" if "loss" in why else ""
     raise UserError(f"config.train.{why}{cure}")
 
 
