@@ -56,6 +56,7 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
     config.data.label_slope = 0.6
     # Small batches and many steps: what the model learns here depends on the number of steps.
     config.train.batch_size = 16
+    config.train.validate_every = 400
     # Half of the steps that AdamW takes here.
     config.optim.name = "muon"
     config.optim.learning_rate = 2e-3
@@ -71,11 +72,11 @@ def get_config(connector: str = "align") -> ml_collections.ConfigDict:
                 "train": {"num_steps": 1000, **language_model},
                 "optim": {"learning_rate": 4e-3},
             },
-            "stage0_pages": {"train": {"num_steps": 700, **language_model}},
+            "stage0_pages": {"train": {"num_steps": 600, **language_model}},
             "stage1": _alignment(connector),
             "stage2": {
                 "data": {"seq_len": 160, "tasks": {"transcribe": 0.4, "answer": 0.6}},
-                "train": {"num_steps": 1500, "generate_every": 500},
+                "train": {"num_steps": 1300, "generate_every": 400},
                 "optim": {"learning_rate": 3e-3},
             },
             "stage3": {
@@ -99,7 +100,7 @@ def _alignment(connector: str) -> dict:
     if config_lib.connector_class(connector).has_patch_loss():
         patches = {"answer_weight": 0.0, "trainable": ("vision/.*", "connector/.*")}
         return {
-            "train": {"num_steps": 4000, **load, **patches},
+            "train": {"num_steps": 3500, **load, **patches},
             "optim": {"learning_rate": 8e-3},
         }
     return {

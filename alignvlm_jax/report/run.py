@@ -245,7 +245,7 @@ def _stage(stage: Config, lines: Lines) -> dict[str, Any]:
     return {
         "name": stage.stage,
         "steps": stage.train.num_steps,
-        "tasks": contents.tasks_of(stage.data),
+        "tasks": contents.tasks_of(stage.data) if stage.train.answer_weight else "no answers",
         "input": {"pixels": "pages", "oracle": "text"}[stage.train.visual_source],
         "trained": "all" if stage.train.trainable == (".*",) else ", ".join(stage.train.trainable),
         "has_patch_labels": stage in _supervised((stage,)),
