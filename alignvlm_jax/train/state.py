@@ -115,7 +115,8 @@ def trainable_paths(train: TrainConfig, stage: str, params: Params) -> set[str]:
 
 def _has_no_gradient(train: TrainConfig, path: str) -> bool:
     """Whether nothing that the stage computes depends on the parameter."""
-    is_llm = path.startswith("llm/")
+    # Factors lie beside the components: lora/llm/...
+    is_llm = path.removeprefix("lora/").startswith("llm/")
     return is_llm if not train.answer_weight else not is_llm and train.visual_source == "oracle"
 
 

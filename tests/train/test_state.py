@@ -127,6 +127,18 @@ def test_what_gets_no_gradient_is_not_left_to_decay(changes, matched):
     assert state.trainable_paths(train, config.stage, params) == set(own)
 
 
+def test_factors_are_trained_where_their_kernels_have_gradients():
+    """Those of the LLM by oracle visual tokens, and not by patch labels alone."""
+    config = tiny_config()
+    paths = ("vision/pos_embed", "llm/blocks/attn/q/kernel", "lora/llm/blocks/attn/q/kernel/a")
+    params = state.unflatten({path: np.zeros(1) for path in paths})
+    oracle = dataclasses.replace(config.train, visual_source="oracle", trainable=())
+    assert state.trainable_paths(oracle, config.stage, params) == {paths[2]}
+    patches = dataclasses.replace(config.train, answer_weight=0.0, trainable=("vision/.*",))
+    with pytest.raises(UserError, match=rf"config\.lora\.targets matches {paths[2]} in stage"):
+        state.trainable_paths(patches, config.stage, params)
+
+
 def test_no_trainable_parameter_is_an_error():
     config = tiny_config(train=tiny_config().train.__class__(trainable=()))
     with pytest.raises(UserError, match="empty in stage 'train': nothing would be trained"):
