@@ -76,3 +76,9 @@ def how_to_install(extra: str, target: str) -> str:
       target: the target of the Makefile that installs it in a checkout.
     """
     return f"pip install 'alignvlm_jax[{extra}]', or `make {target}` in a checkout"
+
+
+def stage_flag(stage: str, field: str) -> str:
+    """Returns the flag of a stage's field, to type, such as `--config.stages.a.train.num_steps`. A
+    config without stages is one of the name "train", whose fields are the config's own."""
+    return f"--config.{'' if stage == 'train' else f'stages.{stage}.'}{field}"

@@ -22,7 +22,7 @@ from alignvlm_jax.config.fields import (
     VisionConfig,
 )
 from alignvlm_jax.config.options import connector_class
-from alignvlm_jax.errors import UserError, nearest
+from alignvlm_jax.errors import UserError, nearest, stage_flag
 
 COMPONENTS = ("vision", "connector", "llm")
 
@@ -340,8 +340,8 @@ def _check_losses(train: TrainConfig, model: ModelConfig, stage: str) -> None:
         why = f"sampled_entries is {train.sampled_entries}; the vocabulary has {num_entries}"
     else:
         return
-    prefix = "" if stage == "train" else f"stages.{stage}."
-    cure = f"; --config.{prefix}train.answer_weight=1 adds another" if "loss" in why else ""
+    flag = stage_flag(stage, "train.answer_weight")
+    cure = f"; {flag}=1 adds another" if "loss" in why else ""
     raise UserError(f"config.train.{why}{cure}")
 
 

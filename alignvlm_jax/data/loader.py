@@ -21,7 +21,7 @@ from alignvlm_jax.data.record import Batch, Record
 from alignvlm_jax.data.sampler import Schedule
 from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.data.tasks import TASKS
-from alignvlm_jax.errors import UserError, nearest
+from alignvlm_jax.errors import UserError, nearest, stage_flag
 
 NUM_TRIED = 16
 """Sequences whose records are looked at before a stage that needs words."""
@@ -162,7 +162,7 @@ class TrainSequences:
         steps = math.ceil(wanted / (train.batch_size * each))
         return (
             f"{about}; for config.train.num_records {wanted:,}: "
-            f"--config.{self._prefix()}train.num_steps={steps}"
+            f"{stage_flag(self._stage, 'train.num_steps')}={steps}"
         )
 
     def remedy(self) -> str:
@@ -173,12 +173,8 @@ class TrainSequences:
         if not missing or not others:
             return ""
         flags = [f"{others[0]}=1", *(f"{task}=0" for task in missing)]
-        typed = " ".join(f"--config.{self._prefix()}data.tasks.{flag}" for flag in flags)
+        typed = " ".join(stage_flag(self._stage, f"data.tasks.{flag}") for flag in flags)
         return f"; {counts[others[0]]:,} have it for {others[0]}: {typed}"
-
-    def _prefix(self) -> str:
-        """What stands before a field of the stage in a flag."""
-        return "" if self._stage == "train" else f"stages.{self._stage}."
 
     def _tasks(self) -> list[str]:
         return [task for task, weight in self.builder.data.tasks.items() if weight]

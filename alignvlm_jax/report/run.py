@@ -19,7 +19,7 @@ from alignvlm_jax.config import Config, DataConfig, VisionConfig
 from alignvlm_jax.data import images
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.data.shards import RecordSource
-from alignvlm_jax.errors import UserError, counted
+from alignvlm_jax.errors import UserError, counted, stage_flag
 from alignvlm_jax.inference import assistant, patch_tokens
 from alignvlm_jax.inference.loading import Loaded
 from alignvlm_jax.pictures import html, patch_map, plotting
@@ -315,7 +315,7 @@ def _variants(run: Run) -> list[str]:
     # Options of this connector are none of another.
     kept = [flag for flag in told or ["--config=FILE"] if not flag.startswith(OF_CONNECTOR)]
     kept += [
-        f"--config.{'' if len(run.stages) == 1 else f'stages.{stage.stage}.'}train.answer_weight=1"
+        f"{stage_flag(stage.stage, 'train.answer_weight')}=1"
         for stage in run.stages
         if not stage.train.answer_weight
     ]

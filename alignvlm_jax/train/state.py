@@ -116,8 +116,10 @@ def trainable_paths(train: TrainConfig, stage: str, params: Params) -> set[str]:
 def _has_no_gradient(train: TrainConfig, path: str) -> bool:
     """Whether nothing that the stage computes depends on the parameter."""
     # Factors lie beside the components: lora/llm/...
-    is_llm = path.removeprefix("lora/").startswith("llm/")
-    return is_llm if not train.answer_weight else not is_llm and train.visual_source == "oracle"
+    is_llm = path.removeprefix(f"{lora_lib.COMPONENT}/").startswith("llm/")
+    if not train.answer_weight:
+        return is_llm
+    return train.visual_source == "oracle" and not is_llm
 
 
 def _matched(train: TrainConfig, params: Params) -> set[str]:

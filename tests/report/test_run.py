@@ -5,6 +5,7 @@ import html
 import json
 import re
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from alignvlm_jax.inference import loading
 from alignvlm_jax.pictures import html as pages
 from alignvlm_jax.report import contents, run
 from alignvlm_jax.train import goodput
+from tests.conftest import tiny_config
 
 
 @pytest.fixture
@@ -268,6 +270,22 @@ def test_other_runs_stand_beside(workdir, trained_workdir, tmp_path):
     assert mine > theirs
     assert f"ANLS, seen fonts {mine:.3f} {theirs:.3f}" in text_of(page)
     assert run.figures.OTHER in page
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("see", "--config.stages.see.train.answer_weight=1"),
+        ("train", "--config.train.answer_weight=1"),
+    ],
+)
+def test_variants_give_a_stage_of_patches_alone_another_loss(name, flag):
+    """By its own name, also where it is the only stage: a stage's own fields outweigh the config's."""
+    config = tiny_config()
+    train = dataclasses.replace(config.train, answer_weight=0.0)
+    stage = dataclasses.replace(config, stage=name, train=train)
+    commands = run._variants(types.SimpleNamespace(stages=(stage,), loaded=None))
+    assert len(commands) == 2 and all(flag in command.split() for command in commands)
 
 
 def test_documents_that_changed_are_not_shown_under_old_answers(workdir, trained_workdir):
