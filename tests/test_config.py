@@ -594,7 +594,7 @@ def test_leaves_are_all_fields_and_those_of_each_source():
         path for path in fields if not path.startswith("model.connectors.") and ".NAME." not in path
     }
     of_align = {path for path in fields if path.startswith("model.connectors.align.")}
-    assert len(of_align) == 5
+    assert len(of_align) == 6
     assert plain.keys() == own | {
         path.replace("connectors.align", "connector") for path in of_align
     }
@@ -853,7 +853,8 @@ def test_a_config_json_from_before_fields_had_to_be_given_is_read():
     del new["train"]["jit"], new["run_id"], new["data"]["images_first"], new["lora"]
     del new["train"]["num_records"], new["train"]["answer_weight"]
     del new["train"]["sampled_entries"], new["data"]["label_unit"]
-    del new["data"]["label_slope"], new["data"]["tiling"]
+    del new["data"]["label_slope"], new["data"]["tiling"], new["data"]["blank_contrast"]
+    del new["data"]["records_per_sequence"], new["data"]["answer_unit"]
     del new["train"]["bfloat16_params"], new["optim"]["name"], new["optim"]["moment_dtype"]
     del new["model"]["llm"]["context_length"]
     del new["train"]["grad_reduce_dtype"], new["train"]["offload_optimizer"]
@@ -1005,6 +1006,29 @@ def test_text_lines_have_no_overview_and_no_plan():
         read(data__tiling="lines", data__use_overview=True)
     with pytest.raises(UserError, match=r"^config\.data\.tiling 'lines' cannot .* must be 'none'$"):
         read(data__tiling="lines", data__packing="offline")
+    with pytest.raises(UserError, match=r"^config\.data\.blank_contrast 9 cannot be planned; pack"):
+        read(data__blank_contrast=9, data__packing="offline")
+    with pytest.raises(
+        UserError, match=r"^config\.data\.answer_unit 'letter' cannot be planned; p"
+    ):
+        read(data__answer_unit="letter", data__packing="offline")
+    with pytest.raises(UserError, match=r"is 9, and connector 'h_reducer' makes \d+ visual tokens"):
+        read(data__blank_contrast=9, model__connector__name="h_reducer")
+    # As many tokens as patches are not yet tokens of patches.
+    latents = config_lib.connector("perceiver", num_latents=read().model.vision.num_patches)
+    perceiver = dataclasses.replace(read().model, connector=latents)
+    data = dataclasses.replace(read().data, blank_contrast=9)
+    with pytest.raises(UserError, match=r"is 9, and connector 'perceiver' makes (\d+) .* \1 patch"):
+        config_lib.check(dataclasses.replace(read(), model=perceiver, data=data))
+    # Of every row of patches one stays.
+    with pytest.raises(UserError, match=r"room for text: 2 blank tiles are \d+ image tokens"):
+        read(data__blank_contrast=9, data__max_tiles=2, data__seq_len=2)
+    with pytest.raises(
+        UserError, match=r"sequence 2 is of one folder .* config\.data\.packing 'off"
+    ):
+        read(data__records_per_sequence=2, data__packing="offline")
+    with pytest.raises(UserError, match=r"blank_contrast is 256; it must be at most 255$"):
+        read(data__blank_contrast=256)
     with pytest.raises(UserError, match=r"tiling is 'line'; did you mean 'lines'\?"):
         read(data__tiling="line")
 
@@ -1024,8 +1048,8 @@ def test_lora_is_a_group_whose_targets_are_one_pattern_or_several():
         config_lib.from_config_dict(config_dict)
 
 
-NEED_WEIGHTS = ("finetune", "lora", "smollm2", "documents", "trial")
-"""Tested with a converted model, in tests/commands/test_convert.py."""
+NEED_WEIGHTS = ("finetune", "lora", "smollm2", "documents", "trial", "reader")
+"""Tested with a converted model, in tests/commands/test_convert.py and tests/configs."""
 
 
 @pytest.mark.parametrize(

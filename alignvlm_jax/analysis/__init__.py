@@ -50,9 +50,21 @@ REGISTRY: dict[str, Entry] = {
         "which words ALIGN's patches use, and the scores with these alone",
         flags.add_vocabulary,
     ),
+    "words": Entry(
+        "the scores where each patch keeps a few words, its likeliest or random ones",
+        flags.add_words,
+    ),
     "pca": Entry(
         "how well the words that ALIGN's patches use cover the space of text embeddings",
         flags.add_pca,
+    ),
+    "layers": Entry(
+        "after which of the LLM's layers the text states lie that visual tokens are nearest to",
+        flags.add_layers,
+    ),
+    "separation": Entry(
+        "how far apart the visual tokens of different letters are, beside those of equal ones",
+        flags.add_separation,
     ),
     "cost": Entry(
         "parameters, FLOPs, memory and time of connectors beside the checkpoint's encoder and LLM",

@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from alignvlm_jax import storage
+from alignvlm_jax.benchmarks.predictions import Predictions
 from alignvlm_jax.config import Config, DataConfig, EvalConfig
 from alignvlm_jax.data import prepared, shards
+from alignvlm_jax.data.record import Record
 from alignvlm_jax.inference import loading
 from alignvlm_jax.inference.loading import Loaded
 from alignvlm_jax.parallel import distributed
@@ -38,11 +40,14 @@ class Analysis(Protocol):
       title: heading of its section of the report.
       needs_distribution: whether it reads the patches' distribution over the vocabulary. Such an
         analysis is refused for connectors without one.
+      needs_token_per_patch: whether it compares visual tokens by what their patches show. It is
+        refused for connectors that merge patches.
     """
 
     name: str
     title: str
     needs_distribution: bool = False
+    needs_token_per_patch: bool = False
 
     def kinds(self) -> Mapping[str, "Analysis"]:
         """Returns the kinds of this analysis by their name for `--kind`, this one first.
@@ -132,6 +137,23 @@ def with_num_questions(loaded: Loaded, args: argparse.Namespace) -> Loaded:
     args.num_questions = args.num_questions or loaded.config.eval.num_questions
     changed = dataclasses.replace(loaded.config.eval, num_questions=args.num_questions)
     return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, eval=changed))
+
+
+def scores(result: Predictions) -> dict[str, Any]:
+    """Returns the mean scores of predictions, and their number."""
+    return {
+        "anls": result.mean("score"),
+        "exact_match": result.mean("exact"),
+        "num_eval": len(result.rows),
+    }
+
+
+def pages(loaded: Loaded, split: str, count: int) -> list[Record]:
+    """Returns at most `count` records of a split, spread evenly over it; UserError where there is
+    no such split."""
+    records = shards.RecordSource(loaded.config.data.dir, split)
+    count = min(count, len(records))
+    return [records[i * len(records) // count] for i in range(count)]
 
 
 def table(first: str, *titles: str) -> Table:

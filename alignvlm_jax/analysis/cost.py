@@ -24,7 +24,7 @@ from rich.console import Console
 from alignvlm_jax.analysis import base
 from alignvlm_jax.analysis.base import Analysis
 from alignvlm_jax.config import Config, check
-from alignvlm_jax.data import chat, examples, loader
+from alignvlm_jax.data import chat, loader, sequences
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import tiles as tiles_lib
 from alignvlm_jax.inference.loading import Loaded
@@ -221,7 +221,8 @@ def measure(loaded: Loaded, names: Sequence[str], repeats: int) -> dict[str, Any
 
 
 def with_connector(config: Config, name: str) -> Config:
-    """Returns the config with another connector, and with a sequence length that fits a full page.
+    """Returns the config with another connector, and with a sequence length that fits a full page,
+    of which no patch is left out.
 
     Raises:
       UserError: the connector does not fit the tiles.
@@ -229,7 +230,7 @@ def with_connector(config: Config, name: str) -> Config:
     model = config.model.with_connector(name)
     # Longer by a full page of this connector's tokens, which may be more than the trained one's.
     length = config.data.seq_len + config.data.tiles_of_a_record * model.tokens_per_tile
-    data = dataclasses.replace(config.data, seq_len=length)
+    data = dataclasses.replace(config.data, seq_len=length, blank_contrast=0)
     return check(dataclasses.replace(config, model=model, data=data))
 
 
@@ -289,7 +290,7 @@ class Trial:
         self._sampler.generate(self._loaded.variables, self._prompts, most)
 
 
-def full_prompt(loaded: Loaded) -> examples.PackedSequence:
+def full_prompt(loaded: Loaded) -> sequences.PackedSequence:
     """Returns the unpadded prompt of a question about a page that fills all tiles."""
     config = loaded.config
     vision = config.model.vision

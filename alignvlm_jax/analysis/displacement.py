@@ -86,7 +86,7 @@ def cosine_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     The distance is 1 - cosine, in [0, 2]; it is 1 if a row is zero.
     """
     # Rounding leaves equal rows a little below 0.
-    return np.maximum(1 - (_unit(a) * _unit(b)).sum(-1), 0)
+    return np.maximum(1 - (unit(a) * unit(b)).sum(-1), 0)
 
 
 def between_distance(tokens: np.ndarray) -> float:
@@ -94,16 +94,16 @@ def between_distance(tokens: np.ndarray) -> float:
 
     It is 0 for a single row.
     """
-    unit = _unit(tokens)
-    pairs = len(unit) * (len(unit) - 1)
+    units = unit(tokens)
+    pairs = len(units) * (len(units) - 1)
     if not pairs:
         return 0.0
     # No [n, n] matrix of pairs: their cosines sum to the squared length of the sum of unit vectors,
     # less the rows with themselves.
-    return float(1 - ((unit.sum(0) ** 2).sum() - (unit**2).sum()) / pairs)
+    return float(1 - ((units.sum(0) ** 2).sum() - (units**2).sum()) / pairs)
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
+def unit(rows: np.ndarray) -> np.ndarray:
     """Returns rows [n, D] scaled to length 1, float64 [n, D]; zero rows stay zero."""
     rows = np.float64(rows)
     length = np.linalg.norm(rows, axis=-1, keepdims=True)

@@ -61,9 +61,41 @@ def add_vocabulary(parser: argparse.ArgumentParser) -> None:
     _add_usage(parser)
 
 
+def add_words(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the few words that each patch keeps."""
+    add_questions(parser)
+    _add_usage(parser)
+    parser.add_argument(
+        "--top_k",
+        type=flag_types.positives,
+        default=[1, 2, 4, 8],
+        help="words that a patch keeps; default: 1,2,4,8",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
 def add_pca(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the coverage of the space of text embeddings."""
     _add_usage(parser)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def add_layers(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the text states that visual tokens are nearest to."""
+    _add_pages(parser)
+    parser.add_argument(
+        "--num_states",
+        type=flag_types.positive,
+        default=4096,
+        help="most tokens of the text whose states are held, after every layer, and most visual "
+        "tokens; default: 4096",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def add_separation(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the distances between visual tokens of letters."""
+    _add_pages(parser)
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -106,14 +138,19 @@ def _add_sigmas(parser: argparse.ArgumentParser, default: list[float], text: str
 
 def _add_usage(parser: argparse.ArgumentParser) -> None:
     """Adds the flags for the pages whose patches choose tokens, and for the threshold."""
+    _add_pages(parser)
     parser.add_argument(
         "--threshold",
         type=flag_types.probability,
         default=1e-6,
         help="a word is kept above it; default: 1e-6",
     )
+
+
+def _add_pages(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags for the pages whose patches are measured."""
     parser.add_argument(
-        "--pages", help="split whose pages choose the words; default: the config's validation split"
+        "--pages", help="split whose pages are read; default: the config's validation split"
     )
     parser.add_argument(
         "--num_pages", type=flag_types.positive, default=100, help="of it; default: 100"

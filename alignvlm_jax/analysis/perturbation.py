@@ -18,8 +18,8 @@ from alignvlm_jax.benchmarks.predictions import Predictions
 from alignvlm_jax.benchmarks.questions import Question, choose_questions
 from alignvlm_jax.benchmarks.runner import Runner, Trial
 from alignvlm_jax.data import images, shards, tiling
-from alignvlm_jax.data.examples import PackedSequence
 from alignvlm_jax.data.record import Record
+from alignvlm_jax.data.sequences import PackedSequence
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference.loading import Loaded
 
@@ -211,12 +211,4 @@ def scores(
     """Returns the scores on a split under each perturbation."""
     # One runner for all: what it has compiled for one size serves the others.
     evaluator = Runner(loaded)
-    results = [predict(evaluator, loaded, split, one) for one in perturbations]
-    return [
-        {
-            "anls": result.mean("score"),
-            "exact_match": result.mean("exact"),
-            "num_eval": len(result.rows),
-        }
-        for result in results
-    ]
+    return [base.scores(predict(evaluator, loaded, split, one)) for one in perturbations]

@@ -27,7 +27,6 @@ from rich.markup import escape
 from alignvlm_jax.analysis import base
 from alignvlm_jax.analysis.base import Analysis
 from alignvlm_jax.benchmarks.runner import Runner, Trial
-from alignvlm_jax.data import shards
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import patch_tokens
@@ -222,9 +221,7 @@ def measure(
 
 def usage(loaded: Loaded, split: str, num_pages: int) -> Usage:
     """Returns the usage of the vocabulary by the patches of `num_pages` documents of a split."""
-    records = shards.RecordSource(loaded.config.data.dir, split)
-    count = min(num_pages, len(records))
-    tiles = tiles_lib.tiles_of(loaded, [records[i * len(records) // count] for i in range(count)])
+    tiles = tiles_of(loaded, split, num_pages)
     vocab_size = loaded.config.model.llm.vocab_size
     # A batch of tiles at a time, since the distributions [patches, V] of a single page take
     # gigabytes. Sums are float64: in float32 they would lose what a threshold of 1e-6 decides.
@@ -240,6 +237,11 @@ def usage(loaded: Loaded, split: str, num_pages: int) -> Usage:
     entropies = np.concatenate(entropies)
     # An entropy for each patch: they are as many as the patches.
     return Usage(total / len(entropies), highest, entropies, top_counts)
+
+
+def tiles_of(loaded: Loaded, split: str, num_pages: int) -> np.ndarray:
+    """Returns the tiles of `num_pages` documents of a split, spread evenly, uint8 [n, Y, X, C]."""
+    return tiles_lib.tiles_of(loaded, base.pages(loaded, split, num_pages))
 
 
 def predict(evaluator: Runner, loaded: Loaded, split: str, kept: np.ndarray) -> dict[str, Any]:
@@ -260,12 +262,7 @@ def predict(evaluator: Runner, loaded: Loaded, split: str, kept: np.ndarray) -> 
     header = {"kept_words": count, "kept_words_crc32": code}
     trial = Trial(path, header, variables=vlm.pruning(kept))
     result = evaluator.evaluate_trial(split, trial, f"{split}, {count:,} words")
-    return {
-        "num_words": count,
-        "anls": result.mean("score"),
-        "exact_match": result.mean("exact"),
-        "num_eval": len(result.rows),
-    }
+    return {"num_words": count, **base.scores(result)}
 
 
 # Of a single distribution numpy makes a number.

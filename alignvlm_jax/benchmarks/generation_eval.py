@@ -10,8 +10,9 @@ from alignvlm_jax.benchmarks import questions, scores
 from alignvlm_jax.benchmarks.questions import Question
 from alignvlm_jax.config import Config, TrainConfig
 from alignvlm_jax.data import chat, validation
-from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
+from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.data.loader import TrainSequences
+from alignvlm_jax.data.sequences import PackedSequence
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.errors import UserError, counted

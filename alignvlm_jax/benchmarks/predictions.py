@@ -18,8 +18,10 @@ from rich.console import Console
 from rich.text import Text
 
 from alignvlm_jax import storage
+from alignvlm_jax.benchmarks import scores
 from alignvlm_jax.benchmarks.scores.sums import Statistics, total
 from alignvlm_jax.benchmarks.tasks import Task
+from alignvlm_jax.data.tasks import TRANSCRIBE_QUESTION
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed, exchange
 from alignvlm_jax.storage import Path, lease
@@ -36,7 +38,8 @@ class Predictions:
     """The content of a file of predictions.
 
     Every row has `id`, `record` and `kind`; rows of questions have `question`, `answers` and
-    `prediction`. Rows of a split have `score` (ANLS) and `exact`. Rows of a task have `scores` (by
+    `prediction`, and `is_cut` of answers that had not come to their end (files of before have no
+    such field). Rows of a split have `score` (ANLS) and `exact`. Rows of a task have `scores` (by
     name, the sum and the weight of `Statistics`), `known_as` if they are of a question, and
     `problem` if the question could not be asked, or there was no text to read.
 
@@ -59,6 +62,22 @@ class Predictions:
     def mean(self, field: str) -> float:
         """Returns the mean of a score over the rows."""
         return sum(row[field] for row in self.rows) / len(self.rows)
+
+    def character_error_rate(self) -> float | None:
+        """Returns the character error rate over all transcriptions of pages, each of which weighs
+        as much as it is long; None if nothing was to be transcribed."""
+        pairs = [
+            scores.character_errors(row["prediction"], row["answers"])
+            for row in self.rows
+            if row.get("question") == TRANSCRIBE_QUESTION and row["answers"]
+        ]
+        length = sum(length for _, length in pairs)
+        return sum(edits for edits, _ in pairs) / length if length else None
+
+    def num_cut(self) -> int | None:
+        """Returns how many answers had not come to their end; None if that was not written down."""
+        known = [row["is_cut"] for row in self.rows if "is_cut" in row]
+        return sum(known) if known else None
 
     def statistics(self) -> Statistics:
         """Returns the sums and weights of the scores of a task."""

@@ -16,8 +16,10 @@ from alignvlm_jax.benchmarks.questions import Benchmark, Question, choose_questi
 from alignvlm_jax.config import EvalConfig
 from alignvlm_jax.data import chat, images, prepared, shards
 from alignvlm_jax.data.chat import ChatTurn
-from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
+from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.data.record import Record
+from alignvlm_jax.data.sequences import PackedSequence
+from alignvlm_jax.data.tiling import KeptPatches
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import batching, loading
 from alignvlm_jax.inference.batching import Answer, Prompts
@@ -37,6 +39,7 @@ class Trial:
       page: of a record, the one that is shown in its place.
       inputs: of a question, arrays that join its prompt.
       variables: join the parameters.
+      keep: which patches of a page have image tokens; by default as the config says.
     """
 
     path: Path
@@ -44,6 +47,7 @@ class Trial:
     page: Callable[[Record], Record] = lambda record: record
     inputs: Callable[[Question], PackedSequence] = lambda question: {}
     variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    keep: KeptPatches | None = None
 
 
 class Runner:
@@ -83,7 +87,7 @@ class Runner:
             raise UserError(f"split {split!r} in {directory} has no questions")
         what = {"scorer_version": scores.SCORER_VERSION, "split": split, **trial.header}
         header = self._header(directory, questions, "QUESTION", max_new_tokens, what)
-        builder = self._builder_of(questions)
+        builder = dataclasses.replace(self._builder_of(questions), keep=trial.keep)
         return self._predict(
             trial.path,
             header,
@@ -152,13 +156,17 @@ class Runner:
         builder = self._loaded.builder
         data = builder.data
         num_image_tokens = data.tiles_of_a_record * builder.tokens_per_prompt_tile
+        # With its image: earlier answers about one may be spelled, and are longer then.
         longest = max(
-            len(builder.prompt_tokens(ChatTurn(prompt.format(question=text), ""), before, system))
-            for text, before, system in {
+            len(
+                builder.prompt_tokens(
+                    ChatTurn(prompt.format(question=text), ""), *told, num_image_tokens
+                )
+            )
+            for text, *told in {
                 (question.turn.question, question.before, question.system) for question in questions
             }
         )
-        longest += num_image_tokens
         # Rounded up: splits whose longest prompts are nearly alike share compiled programs.
         length = min(-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, data.seq_len)
         return dataclasses.replace(builder, data=dataclasses.replace(data, seq_len=length))
@@ -179,11 +187,11 @@ class Runner:
         answers = self._generate(
             builder, build, questions, self._evaluation.max_new_tokens, trial.variables
         )
-        for question, (prediction, *_) in zip(questions, answers, strict=True):
+        for question, answer in zip(questions, answers, strict=True):
             answered = question.turn.answers
-            yield _row(question, prediction) | {
-                "score": scores.anls(prediction, answered),
-                "exact": scores.exact_match(prediction, answered),
+            yield _row(question, answer) | {
+                "score": scores.anls(answer.text, answered),
+                "exact": scores.exact_match(answer.text, answered),
             }
 
     def _answer_task(
@@ -200,10 +208,11 @@ class Runner:
             return builder.prompt(page, question.chat_turn(text), question.before)
 
         answers = self._generate(builder, build, questions, max_new_tokens, {}, skips_problems=True)
-        for question, (prediction, problem, *_) in zip(questions, answers, strict=True):
-            row = _row(question, prediction) | ({} if problem is None else {"problem": problem})
+        for question, answer in zip(questions, answers, strict=True):
+            problem = answer.problem
+            row = _row(question, answer) | ({} if problem is None else {"problem": problem})
             turn = question.turn
-            generated = prediction if problem is None else None
+            generated = answer.text if problem is None else None
             rated = benchmark.task.rate(generated, turn.answers, turn.question, question.kind)
             yield row | {"known_as": question.known_as, "scores": rated}
 
@@ -267,14 +276,15 @@ class Runner:
         }
 
 
-def _row(question: Question, prediction: str) -> dict[str, Any]:
+def _row(question: Question, answer: Answer) -> dict[str, Any]:
     return {
         "id": question.id,
         "record": question.record,
         "kind": question.kind,
         "question": question.turn.question,
         "answers": list(question.turn.answers),
-        "prediction": prediction,
+        "prediction": answer.text,
+        "is_cut": answer.is_cut,
     }
 
 

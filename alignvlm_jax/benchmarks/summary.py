@@ -44,6 +44,12 @@ def summarize(
                 f"exact_match{end}": with_pages.mean("exact"),
             }
             fields[f"num_eval{end}"] = len(with_pages.rows)
+            # Of transcriptions alone, and of files that have it.
+            more = {
+                f"cer{end}": with_pages.character_error_rate(),
+                f"num_cut{end}": with_pages.num_cut(),
+            }
+            fields |= {name: value for name, value in more.items() if value is not None}
         if (split, True) in results:
             fields[f"anls_blind{end}"] = results[split, True].mean("score")
     if of_tasks:
@@ -65,7 +71,9 @@ def _of_task(result: Predictions) -> dict[str, Any]:
     # Of a score of several parts both its own name and those of the parts.
     names = {name: None for part in totals.weights for name in (part.partition("/")[0], part)}
     scores = {name: totals.score(name) for name in names}
-    return scores | {"num_eval": len(result.rows), "num_problems": len(result.problems())}
+    counts = {"num_eval": len(result.rows), "num_problems": len(result.problems())}
+    num_cut = result.num_cut()
+    return scores | counts | ({} if num_cut is None else {"num_cut": num_cut})
 
 
 def write(workdir: Path, fields: Mapping[str, Any]) -> None:

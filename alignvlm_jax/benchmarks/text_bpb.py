@@ -23,9 +23,9 @@ import numpy as np
 from alignvlm_jax.benchmarks import predictions
 from alignvlm_jax.benchmarks.predictions import Predictions
 from alignvlm_jax.benchmarks.tasks import TextTask
-from alignvlm_jax.data import chat, examples, index, loader, prepared, shards
-from alignvlm_jax.data.examples import PackedSequence
+from alignvlm_jax.data import chat, index, loader, prepared, sequences, shards
 from alignvlm_jax.data.record import Record
+from alignvlm_jax.data.sequences import PackedSequence
 from alignvlm_jax.data.tasks import transcription
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import batching, loading
@@ -179,7 +179,7 @@ class Reader:
         for number, text in enumerate(texts):
             tokens = np.array(begin + tokenizer.encode(text.text), np.int32)
             for part in windows(tokens, window):
-                yield number, examples.build_text(part, window, tokenizer)
+                yield number, sequences.build_text(part, window, tokenizer)
 
     def _nats(self, batch: Sequence[PackedSequence], size: int) -> np.ndarray:
         """Returns the negative log-likelihood of each of n rows in nats, float64 [n]."""
@@ -208,16 +208,19 @@ class Reader:
         """Returns the header of the results: everything that the values depend on."""
         task = held_out.task
         loaded = self._loaded
+        config = loaded.config
+        # Published weights know longer texts than a stage of short prompts shows them.
+        longest = max(config.data.seq_len, config.model.llm.context_length)
         read = json.dumps([(text.id, text.text) for text in held_out.texts])
         return {
-            "run": loaded.config.name,
-            "run_id": loaded.config.run_id,
+            "run": config.name,
+            "run_id": config.run_id,
             "checkpoint": str(loaded.path),
             "step": loaded.step,
             # To the microsecond: it tells two runs apart that were written to the same workdir.
             "train_seconds": loaded.metadata["train_seconds"],
             "tokenizer": index.fingerprint_of(loaded.tokenizer),
-            "window": min(task.window, loaded.config.data.seq_len),
+            "window": min(task.window, longest),
             "scorer_version": SCORER_VERSION,
             "task": task.name,
             "split": task.split,

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
         )
     # Raises for a document without a place for tables now, not after hours of measuring.
     if args.document:
-        compare_tables.split(args.document)
+        compare_tables.split(args.document, args.place)
     try:
         for number, run in enumerate(runs, start=1):
             if not compare.is_measured(run):
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     console.print(text, markup=False)
     storage.write_whole(args.workdir / "comparison.md", text + "\n")
     if args.document:
-        compare_tables.put(args.document, text)
+        compare_tables.put(args.document, text, args.place)
         console.print(f"Written: {args.document}", markup=False)
     console.print(f"Written: {compare_figures.build(tables, args.workdir)}", markup=False)
 
@@ -65,6 +65,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--document", type=storage.path, help="a Markdown file with a marked place for the tables"
+    )
+    parser.add_argument(
+        "--place",
+        default="make compare",
+        help="NAME of that place, between the lines <!-- NAME --> and <!-- end of NAME -->; "
+        "default: make compare",
     )
     parser.add_argument(
         "--baseline", help="TABLE/ROW that stands in other tables of the same questions, too"

@@ -17,8 +17,8 @@ WIDEST = 44
 WIDTH = 100
 HEAD = f"""# Every field of a config
 
-<!-- Generated from the comments in alignvlm_jax/config/fields.py and in the options of
-models/connectors/; after a change there:
+<!-- Generated from the comments in alignvlm_jax/config/fields.py and model.py, and in the
+options of models/connectors/; after a change there:
 python -m alignvlm_jax config --markdown > docs/config.md -->
 
 A config file starts from `config_lib.default_config_dict()` and sets `config.GROUP.FIELD`;

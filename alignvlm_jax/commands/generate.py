@@ -1,5 +1,5 @@
 """`generate`: answers questions about an image or a page of a PDF, or with no image as the
-language model does.
+language model does; without a question it reads the page.
 
 The answers alone go to standard output.
 """
@@ -39,9 +39,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--page", type=int, default=1, help="page of a PDF, from 1")
     parser.add_argument(
         "--question",
-        required=True,
         action="append",
-        help='for instance "What is the total?"; given again, several are answered, in order',
+        default=[],
+        help='for instance "What is the total?"; given again, several are answered, in order; '
+        "without one the page is read, however many text lines it has",
     )
     parser.add_argument(
         "--max_new_tokens", type=positive, help="longest answer; default: that of the config"
@@ -71,6 +72,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not all(question.strip() for question in args.question):
         raise UsageError("--question is empty")
+    if not args.image and not args.question:
+        raise UsageError("there is neither --question nor --image: one of them is needed")
+    if not args.question:
+        flags = ("--temperature", "--top_p", "--repetition_penalty", "--seed")
+        parser.check_used(argv, flags, "needs --question=TEXT: what is read is the likeliest")
     if not args.image:
         parser.check_used(argv, ("--page",), "needs --image=FILE")
     if args.temperature == 0:

@@ -16,7 +16,12 @@ from alignvlm_jax.ingest.formats import REGISTRY, survey
 from alignvlm_jax.storage import faults
 
 DOCUMENTS = "documents"
-"""The format of documents that are drawn and have no source."""
+CROPS = "crops"
+DRAWN = {
+    DOCUMENTS: "draws the demonstration's, without a source",
+    CROPS: "draws a reader's lines and tables with the text of prepared pages, and cuts out theirs",
+}
+"""The formats of records that are drawn."""
 TOKENIZER_HINT = (
     "`make weights` gives weights/smollm2/tokenizer; the demonstration's is "
     "data/demo/tokenizer.model"
@@ -44,8 +49,8 @@ def main(argv: list[str]) -> None:
     try:
         if args.recount:
             prepare.recount(args)
-        elif args.format == DOCUMENTS:
-            prepare.documents(args)
+        elif args.format in DRAWN:
+            prepare.drawn(args)
         else:
             prepare.source(args, beam_flags)
     except OSError as err:
@@ -78,7 +83,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--format",
         default=name,
-        choices=[DOCUMENTS, *REGISTRY],
+        choices=[*DRAWN, *REGISTRY],
         help="kind of data; without it --source is looked through",
     )
     parser.add_argument(
@@ -99,8 +104,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--num_workers", type=positive, default=2, help="processes; changes no byte of the data"
     )
-    if name == DOCUMENTS:
-        _add_document_flags(parser)
+    if name in DRAWN:
+        _add_drawn_flags(parser, name)
         return parser.parse_args(argv)
     if not name:
         found = survey.survey(chosen.source, chosen.out)
@@ -144,10 +149,9 @@ def _peek(argv: list[str]) -> argparse.Namespace:
     is_given = any(flag.partition("=")[0] == "--source" for flag in argv)
     if chosen.source is None or (is_given and not chosen.source):
         raise UsageError("--source needs a value: a file or folder, on this machine or gs://")
-    if chosen.format not in ("", DOCUMENTS, *REGISTRY):
-        raise UsageError(
-            f"--format is {chosen.format!r}{nearest(chosen.format, [DOCUMENTS, *REGISTRY])}"
-        )
+    if chosen.format not in ("", *DRAWN, *REGISTRY):
+        known = [*DRAWN, *REGISTRY]
+        raise UsageError(f"--format is {chosen.format!r}{nearest(chosen.format, known)}")
     # The list of all formats is shown before any source is read.
     if {"-h", "--help"} & {*rest}:
         chosen.source = ""
@@ -166,7 +170,7 @@ def _description(name: str) -> str:
             "Formats of a --source; without --format it is looked through, and what reads it is "
             "taken:",
             *lines,
-            f"  {DOCUMENTS:15}draws the demonstration's, without a source",
+            *(f"  {name:15}{about}" for name, about in DRAWN.items()),
             "",
             "Of every --source: --out, --tokenizer, --holdout, --split, --num_workers; more depend "
             "on the format:",
@@ -176,20 +180,21 @@ def _description(name: str) -> str:
     )
 
 
-def _add_document_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--num_train", type=positive, default=16_000, help="documents of each training split"
-    )
-    parser.add_argument(
-        "--num_eval", type=positive, default=512, help="documents of each evaluation split"
-    )
+def _add_drawn_flags(parser: argparse.ArgumentParser, name: str) -> None:
+    num_train, num_eval = (16_000, 512) if name == DOCUMENTS else (20_000, 500)
+    helps = "records of each training split"
+    parser.add_argument("--num_train", type=positive, default=num_train, help=helps)
+    helps = "records of each evaluation split"
+    parser.add_argument("--num_eval", type=positive, default=num_eval, help=helps)
     parser.add_argument("--seed", type=_within(int, 0), default=0)
-    parser.add_argument(
-        "--noise",
-        type=_within(float, 0),
-        default=0.0,
-        help="strength of scan noise; 1 is a bad scan",
-    )
+    if name == CROPS:
+        helps = "folder of pages to train on, as --format=pdf --questions=none --dpi=100 writes it"
+        parser.add_argument("--source", required=True, help=helps)
+        helps = "folder of pages of other documents, for what is measured"
+        parser.add_argument("--unseen", required=True, help=helps)
+        return
+    helps = "strength of scan noise; 1 is a bad scan"
+    parser.add_argument("--noise", type=_within(float, 0), default=0.0, help=helps)
 
 
 def _add_source_flags(parser: argparse.ArgumentParser, name: str) -> None:
@@ -269,6 +274,9 @@ def _check(args: argparse.Namespace) -> None:
         if not args.tokenizer:
             raise UsageError(f"--tokenizer=FILE_OR_FOLDER is needed; {TOKENIZER_HINT}")
         usage.check_exists("tokenizer", storage.path(args.tokenizer), TOKENIZER_HINT)
+    elif args.format == CROPS:
+        if not args.out:
+            raise UsageError("--out=FOLDER is needed, as --out=data/reader")
     elif args.format != DOCUMENTS:
         _check_needed(args)
         if args.exclude and args.split:

@@ -1,5 +1,5 @@
-"""Typed configuration: frozen dataclasses (`fields`), the checks of their values (`checks`) and the
-one reader of ConfigDict (`reading`).
+"""Typed configuration: frozen dataclasses (`fields`, `model`), the checks of their values
+(`checks`, `model_checks`) and the one reader of ConfigDict (`reading`).
 
 A config file gives a ConfigDict (`default_config_dict()` plus changes). `from_config_dict` turns it
 into a tuple of `Config`, one for each stage: a curriculum is a base and, under `stages`, named
@@ -11,22 +11,25 @@ that one field, `model.connector.name`, chooses another connector. `model.connec
 option of the chosen connector, and takes precedence.
 """
 
-from alignvlm_jax.config.checks import SAVED_BY_NAME, check, nearest_divisor
+from alignvlm_jax.config.checks import SAVED_BY_NAME, check
 from alignvlm_jax.config.fields import (
-    MISSING,
     Config,
     DataConfig,
     EvalConfig,
-    LLMConfig,
     LoraConfig,
     MeshConfig,
-    ModelConfig,
     OptimConfig,
-    RopeScaling,
     SourceConfig,
     TrainConfig,
+)
+from alignvlm_jax.config.model import (
+    MISSING,
+    LLMConfig,
+    ModelConfig,
+    RopeScaling,
     VisionConfig,
 )
+from alignvlm_jax.config.model_checks import nearest_divisor
 from alignvlm_jax.config.options import (
     DEFAULT_CONNECTOR,
     ConnectorConfig,

@@ -8,19 +8,16 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from alignvlm_jax.config import options, renamed
+from alignvlm_jax.config import model_checks, renamed
 from alignvlm_jax.config.fields import (
-    MISSING,
     Config,
     DataConfig,
-    LLMConfig,
     LoraConfig,
-    ModelConfig,
     OptimConfig,
     SourceConfig,
     TrainConfig,
-    VisionConfig,
 )
+from alignvlm_jax.config.model import MISSING, LLMConfig, ModelConfig, VisionConfig
 from alignvlm_jax.config.options import connector_class
 from alignvlm_jax.errors import UserError, nearest, stage_flag
 
@@ -45,7 +42,8 @@ CHOICES = {
     "optim.moment_dtype": ("float32", "bfloat16"),
     "data.packing": ("none", "offline"),
     "data.tiling": ("grid", "lines"),
-    "data.label_unit": ("token", "character"),
+    "data.answer_unit": ("token", "letter"),
+    "data.label_unit": ("token", "character", "letter"),
     "data.loss_normalisation": ("token", "answer", "record"),
     "train.grad_reduce_dtype": ("bfloat16", "float32"),
     "train.visual_source": ("pixels", "oracle"),
@@ -67,10 +65,12 @@ AT_LEAST: dict[str, int] = {
     "model.llm.rope_scaling.original_length": 1,
     "data.max_tiles": 1,
     "data.record_tiles": 0,
+    "data.records_per_sequence": 1,
     "data.max_patch_labels": 1,
     "data.blank_weight": 0,
     "data.min_token_height": 0,
     "data.min_contrast": 0,
+    "data.blank_contrast": 0,
     "data.labelled_fraction": 0,
     "data.label_slope": 0,
     "data.max_unsupervised": 0,
@@ -118,7 +118,7 @@ ABOVE = {
     "optim.clip_norm": 0,
 }
 BELOW = {"optim.b1": 1, "optim.b2": 1}
-AT_MOST = {"data.labelled_fraction": 1, "data.label_slope": 1}
+AT_MOST = {"data.labelled_fraction": 1, "data.label_slope": 1, "data.blank_contrast": 255}
 MAX_BFLOAT16_DECAY = 0.99
 USUALLY = {
     "model.vision": 'set_preset(config.model.vision, presets.VISION["..."])',
@@ -149,12 +149,13 @@ def check(config: Config) -> Config:
             # NaN holds to no bound, and is refused here, too.
             if not holds(value, bound):
                 raise UserError(f"config.{path} is {value}; it must be {words} {bound}")
-    _check_vision(config.model.vision)
-    _check_llm(config.model.llm)
-    _check_connector(config.model)
-    _check_data(config.data, config.tokens_per_tile)
+    model_checks.check(config.model)
+    _check_data(config.data, config.model.vision, config.tokens_per_tile)
+    _check_blank(config.data, config.model)
     train = config.train
-    _check_divides("train.batch_size", train.batch_size, "grad_accum_steps", train.grad_accum_steps)
+    model_checks.divides(
+        "train.batch_size", train.batch_size, "grad_accum_steps", train.grad_accum_steps
+    )
     _check_optim(config.optim)
     _check_lora(config.lora, config.optim)
     _check_losses(train, config.model, config.stage)
@@ -195,60 +196,18 @@ def _missing(value: Any, path: str) -> Iterator[str]:
             yield f"{path}{field.name}"
 
 
-def _check_vision(vision: VisionConfig) -> None:
-    _check_divides(
-        "model.vision.tile_height", vision.tile_height, "patch_height", vision.patch_height
-    )
-    _check_divides("model.vision.tile_width", vision.tile_width, "patch_width", vision.patch_width)
-    _check_divides("model.vision.width", vision.width, "num_heads", vision.num_heads)
-    for name in ("pixel_mean", "pixel_std"):
-        values = getattr(vision, name)
-        if len(values) != 3 or (name == "pixel_std" and min(values) <= 0):
-            above = " above 0" if name == "pixel_std" else ""
-            raise UserError(
-                f"config.model.vision.{name} is {values}; it must be three numbers{above}"
-            )
-
-
-def _check_llm(llm: LLMConfig) -> None:
-    _check_divides("model.llm.num_heads", llm.num_heads, "num_kv_heads", llm.num_kv_heads)
-    if llm.rope_scaling.low_freq_factor >= llm.rope_scaling.high_freq_factor:
-        raise UserError(
-            f"config.model.llm.rope_scaling.low_freq_factor {llm.rope_scaling.low_freq_factor} "
-            f"must be below high_freq_factor {llm.rope_scaling.high_freq_factor}"
-        )
-    # Channels rotate in pairs.
-    if llm.head_dim % 2:
-        raise UserError(
-            f"config.model.llm.head_dim is {llm.head_dim}; rotary embedding needs an even number"
-        )
-    if llm.unpadded_vocab_size < 1:
-        raise UserError(
-            f"config.model.llm.padded_rows {llm.padded_rows} leaves no word of vocab_size "
-            f"{llm.vocab_size}"
-        )
-
-
-def _check_connector(model: ModelConfig) -> None:
-    """Raises UserError where options are not of their types, or the connector refuses them."""
-    connector = connector_class(model.connector.name)
-    # Options of another connector may have the same names, and would be taken for this one's.
-    if type(model.connector) is not connector.Options:
-        raise TypeError(
-            f"{model.connector} are not the options of {connector}: make them by "
-            "config.connector(name)"
-        )
-    options.check(model.connector)
-    connector.check(model.vision, model.llm, model.connector)
-
-
-def _check_data(data: DataConfig, tokens_per_tile: int) -> None:
+def _check_data(data: DataConfig, vision: VisionConfig, tokens_per_tile: int) -> None:
+    tiles = "tiles"
+    if data.blank_contrast:
+        # What they are at least: one stays of each row of patches.
+        tiles = "blank tiles"
+        tokens_per_tile = vision.patch_grid[0]
     image_tokens = data.max_tiles * tokens_per_tile
     # As many tiles as a sequence may have must leave a token of text, or no answer would fit.
     if image_tokens >= data.seq_len:
         raise UserError(
             f"config.data.seq_len {data.seq_len} leaves no room for text: {data.max_tiles} "
-            f"tiles are {image_tokens} image tokens; make it larger than {image_tokens} or lower "
+            f"{tiles} are {image_tokens} image tokens; make it larger than {image_tokens} or lower "
             "data.max_tiles"
         )
     if not data.tasks or min(data.tasks.values()) < 0 or sum(data.tasks.values()) <= 0:
@@ -260,14 +219,41 @@ def _check_data(data: DataConfig, tokens_per_tile: int) -> None:
         )
     if data.tiling == "lines" and data.use_overview:
         raise UserError("config.data.tiling 'lines' has no overview; leave use_overview out")
-    # An index has the sizes of pages, and not their lines.
-    if data.tiling == "lines" and data.packing == "offline":
-        raise UserError("config.data.tiling 'lines' cannot be planned; packing must be 'none'")
+    # An index has the sizes of pages and not their lines, and the tokens of answers as they are.
+    unplanned = {
+        "tiling": data.tiling == "lines",
+        "blank_contrast": data.blank_contrast > 0,
+        "answer_unit": data.answer_unit == "letter",
+    }
+    for name, is_set in unplanned.items():
+        if is_set and data.packing == "offline":
+            value = getattr(data, name)
+            raise UserError(
+                f"config.data.{name} {value!r} cannot be planned; packing must be 'none'"
+            )
+    if data.records_per_sequence > 1 and (data.packing != "none" or data.sources):
+        why = f"packing {data.packing!r}" if data.packing != "none" else "sources"
+        raise UserError(
+            f"config.data.records_per_sequence {data.records_per_sequence} is of one folder with "
+            f"packing 'none', and not with config.data.{why}; leave it 1"
+        )
     for name, source in data.sources.items():
         _check_source(f"config.data.sources.{name}", name, source)
     if data.sources and not any(source.weight for source in data.sources.values()):
         raise UserError(
             f"config.data.sources {', '.join(data.sources)}: one of them needs a weight above 0"
+        )
+
+
+def _check_blank(data: DataConfig, model: ModelConfig) -> None:
+    """Refuses to leave blank patches out where image tokens are no patches."""
+    if not data.blank_contrast:
+        return
+    if not connector_class(model.connector.name).has_patch_tokens():
+        raise UserError(
+            f"config.data.blank_contrast is {data.blank_contrast}, and connector "
+            f"{model.connector.name!r} makes {model.tokens_per_tile} visual tokens of the "
+            f"{model.vision.num_patches} patches of a tile: none of them is a patch's; 0 keeps all"
         )
 
 
@@ -354,19 +340,3 @@ def _check_profile(profile: str) -> None:
             f"config.train.profile is {profile!r}; it must be FIRST:END, steps from FIRST up to "
             "and not including END, such as '100:105'"
         )
-
-
-def _check_divides(path: str, size: int, divisor_name: str, divisor: int) -> None:
-    if divisor < 1 or size % divisor:
-        best = nearest_divisor(size, divisor)
-        raise UserError(
-            f"config.{path} {size} is not a multiple of {divisor_name} {divisor}; nearest that "
-            f"divides: {best}"
-        )
-
-
-def nearest_divisor(size: int, wanted: int) -> int:
-    """Returns the divisor of `size` that is nearest to `wanted`."""
-    # All of them: sizes are at most a few hundred thousand, and this is said once.
-    divisors = [d for d in range(1, size + 1) if size % d == 0]
-    return min(divisors, key=lambda d: abs(d - wanted), default=1)

@@ -12,7 +12,8 @@ from ml_collections import config_dict
 from alignvlm_jax.config import options as connectors
 from alignvlm_jax.config import renamed
 from alignvlm_jax.config.checks import check
-from alignvlm_jax.config.fields import MISSING, Config
+from alignvlm_jax.config.fields import Config
+from alignvlm_jax.config.model import MISSING
 from alignvlm_jax.config.options import ConnectorConfig, connector_class, connector_names
 from alignvlm_jax.errors import UserError, nearest
 

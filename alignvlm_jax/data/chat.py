@@ -11,6 +11,7 @@ import numpy as np
 
 from alignvlm_jax.data.chat_format import MARK, STRIPS
 from alignvlm_jax.data.chat_template import format_of
+from alignvlm_jax.data.tokenizers import letters
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 
 
@@ -50,6 +51,7 @@ def encode_chat(
     cuts_answers: bool = False,
     has_order: bool = False,
     system: str = "",
+    answer_unit: str = "token",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encodes turns with the image tokens, each of them the token `image_id`. Turns that would not
     fit `max_length` are left out whole; with `cuts_answers`, the first whose answer begins within
@@ -65,13 +67,15 @@ def encode_chat(
       cuts_answers: as above.
       has_order: whether nothing may follow a turn that is left out: it could refer to it.
       system: what the model is told first; "" leaves what the format says itself.
+      answer_unit: see `DataConfig.answer_unit`; an answer is about images where one stands before
+        it, in its question or in a turn before.
 
     Returns:
       int32 tokens, and bools of the same length that are true on the answers' tokens and the end of
       each: what the model has to say itself. The mask is built with the tokens, never by searching
       the text.
     """
-    encoder = _Encoder(tokenizer, num_image_tokens, image_id, system)
+    encoder = _Encoder(tokenizer, num_image_tokens, image_id, system, answer_unit)
     kept: list[_Turn] = []
     for one in turns:
         # What was the last turn so far is one before the last if this one fits.
@@ -132,10 +136,11 @@ def encode_prompt(
     image_id: int,
     before: Sequence[tuple[str, str] | ChatTurn] = (),
     system: str = "",
+    answer_unit: str = "token",
 ) -> np.ndarray:
     """Returns int32 tokens that end where the answer is to begin; `before` are the turns of the
     conversation that the question goes on, the others are as in `encode_chat`."""
-    encoder = _Encoder(tokenizer, num_image_tokens, image_id, system)
+    encoder = _Encoder(tokenizer, num_image_tokens, image_id, system, answer_unit)
     turns: list[_Turn] = []
     for one in before:
         turns.append(encoder.turn(ChatTurn(*one), turns, is_last=False))
@@ -150,6 +155,7 @@ class _Turn(NamedTuple):
     texts: ChatTurn
     images: list[tuple[int, int]]  # (offset in the question, image tokens) of each image
     is_first: bool
+    sees_image: bool  # Whether an image token stands in its prompt or in a turn before.
 
 
 class _Encoder:
@@ -167,10 +173,12 @@ class _Encoder:
         num_image_tokens: int | Sequence[int],
         image_id: int,
         system: str,
+        answer_unit: str,
     ):
         self._tokenizer = tokenizer
         self._format = format_of(tokenizer)
         self._image_id = image_id
+        self._spells = answer_unit == "letter"
         is_first = isinstance(num_image_tokens, int)
         self._first = [image_id] * num_image_tokens if is_first else []
         self._of_images = [] if is_first else list(num_image_tokens)
@@ -182,10 +190,21 @@ class _Encoder:
         counts = self._of_images[shown : shown + len(texts.image_offsets)]
         # Where all images come first, none stands in a turn.
         images = list(zip(texts.image_offsets, counts, strict=bool(self._of_images)))
-        return self._turn(texts, images, is_first=not before, is_last=is_last)
+        # Never those that follow: where the model is to answer, nobody knows whether any will.
+        sees_image = bool(self._first) or any(count for _, count in images)
+        sees_image = sees_image or any(turn.sees_image for turn in before)
+        return self._turn(
+            texts, images, is_first=not before, sees_image=sees_image, is_last=is_last
+        )
 
     def _turn(
-        self, texts: ChatTurn, images: list[tuple[int, int]], *, is_first: bool, is_last: bool
+        self,
+        texts: ChatTurn,
+        images: list[tuple[int, int]],
+        *,
+        is_first: bool,
+        sees_image: bool,
+        is_last: bool,
     ) -> _Turn:
         chat_format = self._format
         question = STRIPS[chat_format.question_strip](texts.question)
@@ -200,16 +219,33 @@ class _Encoder:
         encode = self._joined if chat_format.is_joined else self._apart
         first = self._first if is_first else []
         prompt, last_text = encode(opening, told + question, assistant, first, places)
-        text = f"{chat_format.before_answer}{STRIPS[strip](texts.answer)}{chat_format.after_answer}"
-        reply = _encode_after(self._tokenizer, last_text, text)
+        reply = self._reply(last_text, STRIPS[strip](texts.answer), self._spells and sees_image)
         end = self._tokenizer.special_tokens[chat_format.end]
-        return _Turn(prompt, [*reply, end], texts, images, is_first)
+        return _Turn(prompt, [*reply, end], texts, images, is_first, sees_image)
+
+    def _reply(self, last_text: str, answer: str, is_spelled: bool) -> list[int]:
+        """The tokens of an answer and of what the model says around it, without its end."""
+        before = self._format.before_answer
+        after = self._format.after_answer
+        if not is_spelled:
+            return _encode_after(self._tokenizer, last_text, f"{before}{answer}{after}")
+        return [
+            *self._tokenizer.encode(before),
+            *letters.spell(answer, self._tokenizer),
+            *self._tokenizer.encode(after),
+        ]
 
     def earlier(self, turn: _Turn) -> _Turn:
         """The same turn with others after it."""
         if self._format.earlier_assistant is None:
             return turn
-        return self._turn(turn.texts, turn.images, is_first=turn.is_first, is_last=False)
+        return self._turn(
+            turn.texts,
+            turn.images,
+            is_first=turn.is_first,
+            sees_image=turn.sees_image,
+            is_last=False,
+        )
 
     def nothing(self) -> list[int]:
         """A chat without a turn."""

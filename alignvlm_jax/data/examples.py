@@ -2,6 +2,7 @@
 labels."""
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Sequence
 
@@ -9,16 +10,16 @@ import numpy as np
 from PIL import Image
 
 from alignvlm_jax.config import Config, DataConfig, VisionConfig
-from alignvlm_jax.data import chat, images, labels, tiling
+from alignvlm_jax.data import chat, images, labels, sequences, tiling
 from alignvlm_jax.data.chat import ChatTurn
 from alignvlm_jax.data.images import Tiles
 from alignvlm_jax.data.record import Record, Turn
+from alignvlm_jax.data.sequences import PackedSequence
 from alignvlm_jax.data.tasks import TASKS
+from alignvlm_jax.data.tiling import KeptPatches
+from alignvlm_jax.data.tokenizers import letters
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.errors import UserError
-
-PackedSequence = dict[str, np.ndarray]
-"""The arrays of `record.Batch` without the axis B."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +42,13 @@ class ExampleBuilder:
       data: what a packed sequence is made of.
       vision: the sizes of tiles and patches.
       image_token_id: the token that holds the place of an image token.
-      tokens_per_tile: image tokens of a tile in a training sequence.
+      tokens_per_tile: image tokens of a tile in a training sequence, blank patches included.
       tokens_per_prompt_tile: those of a prompt, which is read from pixels, whatever the stage was
         trained on.
       fraction_with_labels: fraction of the records, by their ids, whose patches are labelled.
       needs_words: as of `config.Config`.
       tokenizer: of all text.
+      keep: which patches have image tokens, instead of what `data.blank_contrast` says.
     """
 
     data: DataConfig
@@ -57,10 +59,13 @@ class ExampleBuilder:
     fraction_with_labels: float
     needs_words: bool
     tokenizer: Tokenizer
+    keep: KeptPatches | None = None
 
     @classmethod
     def of(cls, config: Config, tokenizer: Tokenizer) -> "ExampleBuilder":
         """Returns the builder of a stage's examples, with the tokenizer that fits its model."""
+        if config.data.answer_unit == "letter":
+            letters.check(tokenizer)
         model = config.model
         labelled = config.data.labelled_fraction if config.train.patch_token_weight else 0.0
         return cls(
@@ -95,9 +100,9 @@ class ExampleBuilder:
         # Offline packing counts a transcription that is too long as `seq_len` tokens: it is cut to
         # just these, where left out it would leave its sequence empty.
         is_cut = data.packing == "offline" and task == "transcribe"
-        counts: int | list[int] = [len(page.pixels) * self.tokens_per_tile for page in pages]
-        if not self._has_places(turns):
-            counts = sum(counts)
+        kept = self._kept(pages)
+        of_pages = _token_counts(pages, kept, self.tokens_per_tile)
+        counts = of_pages if self._has_places(turns) else sum(of_pages)
         tokens, is_answer = chat.encode_chat(
             self.tokenizer,
             turns,
@@ -107,19 +112,20 @@ class ExampleBuilder:
             cuts_answers=is_cut,
             has_order=record.has_order,
             system=record.system,
+            answer_unit=data.answer_unit,
         )
         if data.packing == "offline" and not is_answer.any():
             raise UserError(
                 f"record {record.id} has no answer that fits config.data.seq_len {data.seq_len}"
             )
         if not isinstance(counts, int):
-            pages = self._shown(pages, self.tokens_per_tile, tokens)
+            pages = self._shown(pages, of_pages, tokens)
         # float32 [n]: the weight at t is of predicting the token at t + 1, hence shifted by one.
         loss_weights = np.zeros(len(tokens), np.float32)
         loss_weights[:-1] = is_answer[1:]
         if data.loss_normalisation != "token" and is_answer.any():
-            loss_weights = _normalised(loss_weights, data.loss_normalisation)
-        tile_arrays = {"tiles": self._stack_tiles(pages)} | self.patch_labels(record, pages)
+            loss_weights = sequences.normalised(loss_weights, data.loss_normalisation)
+        tile_arrays = self._tile_arrays(pages, kept) | self.patch_labels(record, pages)
         return Segment(tokens, loss_weights, tile_arrays)
 
     def join(self, segments: Sequence[Segment]) -> PackedSequence:
@@ -130,7 +136,7 @@ class ExampleBuilder:
         labels_shape = (vision.num_patches, self.data.max_patch_labels)
         space_id = self.tokenizer.space_id
         texts = [(segment.tokens, segment.loss_weights) for segment in segments]
-        sequence = _text_arrays(texts, self.data.seq_len, self.tokenizer) | {
+        sequence = sequences.text_arrays(texts, self.data.seq_len, self.tokenizer) | {
             "tiles": np.zeros((max_tiles, vision.tile_height, vision.tile_width, 3), np.uint8),
             # An unused tile is labelled as blank paper, so that every patch has a target; its
             # weights are 0.
@@ -138,6 +144,8 @@ class ExampleBuilder:
             "patch_label_weights": np.zeros((max_tiles, *labels_shape), np.float32),
             "patch_loss_weights": np.zeros((max_tiles, vision.num_patches), np.float32),
         }
+        if self._keeps_some:
+            sequence["kept_patches"] = np.zeros((max_tiles, vision.num_patches), bool)
         start = 0
         for segment in segments:
             end = start + len(segment.tile_arrays["tiles"])
@@ -152,7 +160,7 @@ class ExampleBuilder:
 
     def prompt(
         self,
-        page: Record | Image.Image | None,
+        page: Record | Image.Image | Tiles | None,
         question: str | ChatTurn,
         before: Sequence[Turn] = (),
     ) -> PackedSequence:
@@ -178,24 +186,33 @@ class ExampleBuilder:
         )
         if has_places:
             pages = _pages_seen(pages, before, question)
-        counts: int | list[int] = [len(one.pixels) * self.tokens_per_prompt_tile for one in pages]
-        counts = counts if has_places else sum(counts)
+        kept = self._kept(pages)
+        of_pages = _token_counts(pages, kept, self.tokens_per_prompt_tile)
+        counts = of_pages if has_places else sum(of_pages)
         last = ChatTurn(question, "") if isinstance(question, str) else question
         tokens = self.prompt_tokens(last, before, record.system if record else "", counts)
         if len(tokens) > seq_len:
             num_image_tokens = int((tokens == self.image_token_id).sum())
+            advice = f"shorten the question by {len(tokens) - seq_len} tokens"
+            # Where blank patches are left out, no question may be short enough.
+            if num_image_tokens + len(self.prompt_tokens(ChatTurn("", ""))) > seq_len:
+                advice = "no question is short enough: show a part of the page"
+            of_record = f" about record {record.id}" if record else ""
             raise UserError(
-                f"the prompt has {len(tokens)} tokens ({num_image_tokens} of the image) and "
-                f"config.data.seq_len is {seq_len}; shorten the question by "
-                f"{len(tokens) - seq_len} tokens"
+                f"the prompt{of_record} has {len(tokens)} tokens ({num_image_tokens} of the image) "
+                f"and config.data.seq_len is {seq_len}; {advice}"
             )
         no_loss = np.zeros(len(tokens), np.float32)
-        prompt = _text_arrays([(tokens, no_loss)], seq_len, self.tokenizer)
+        prompt = sequences.text_arrays([(tokens, no_loss)], seq_len, self.tokenizer)
         if page is None:
             return prompt
-        tiles = self._stack_tiles(pages)
-        unused = np.zeros((self.data.tiles_of_a_record - len(tiles), *tiles.shape[1:]), np.uint8)
-        return prompt | {"tiles": np.concatenate([tiles, unused])}
+        most = self.data.tiles_of_a_record
+        return prompt | {
+            name: np.concatenate(
+                [array, np.zeros((most - len(array), *array.shape[1:]), array.dtype)]
+            )
+            for name, array in self._tile_arrays(pages, kept).items()
+        }
 
     def prompt_tokens(
         self,
@@ -213,14 +230,20 @@ class ExampleBuilder:
             if turn.answers
         ]
         return chat.encode_prompt(
-            self.tokenizer, question, num_image_tokens, self.image_token_id, earlier, system
+            self.tokenizer,
+            question,
+            num_image_tokens,
+            self.image_token_id,
+            earlier,
+            system,
+            self.data.answer_unit,
         )
 
     def trim_prompts(self, prompts: Sequence[PackedSequence]) -> list[PackedSequence]:
         """Returns prompts, still of one shape, without the tiles that none of them uses and
         without the padding that all have: with room for nine tiles, one should not cost nine."""
         length, num_tiles = self.extent(prompts)
-        return [trim(prompt, length, num_tiles) for prompt in prompts]
+        return [sequences.trim(prompt, length, num_tiles) for prompt in prompts]
 
     def extent(
         self, prompts: Sequence[PackedSequence], multiple: int = 64
@@ -231,28 +254,34 @@ class ExampleBuilder:
             return None
         # A prompt is segment 1 throughout: the sum is its length.
         longest = max(int(prompt["segment_ids"].sum()) for prompt in prompts)
-        num_image_tokens = max(
-            int((prompt["tokens"] == self.image_token_id).sum()) for prompt in prompts
-        )
-        # By tokens, not by pixels: a tile that is used may be black, as an unused one is.
-        num_tiles = num_image_tokens // self.tokens_per_prompt_tile
+        num_tiles = max(map(self.num_tiles, prompts))
         return -(-longest // multiple) * multiple, num_tiles
+
+    def num_tiles(self, prompt: PackedSequence) -> int:
+        """The tiles that a prompt uses."""
+        # By tokens, not by pixels: a tile that is used may be black, as an unused one is.
+        if "kept_patches" in prompt:
+            return int(prompt["kept_patches"].any(1).sum())
+        num_image_tokens = int((prompt["tokens"] == self.image_token_id).sum())
+        return num_image_tokens // self.tokens_per_prompt_tile
 
     def _has_places(self, turns: Sequence[Turn | ChatTurn]) -> bool:
         """Whether images stand in these turns, and not before them."""
         return not self.data.images_first and any(turn.image_offsets for turn in turns)
 
-    def _shown(self, pages: list[Tiles], tokens_per_tile: int, tokens: np.ndarray) -> list[Tiles]:
-        """The pages whose image tokens are among `tokens`: a turn that is left out takes its images
-        with it, and such turns are the last."""
-        ends = np.cumsum([len(page.pixels) * tokens_per_tile for page in pages])
+    def _shown(self, pages: list[Tiles], counts: list[int], tokens: np.ndarray) -> list[Tiles]:
+        """The pages whose image tokens, by their counts, are among `tokens`: a turn that is left
+        out takes its images with it, and such turns are the last."""
+        ends = np.cumsum(counts)
         num_image_tokens = (tokens == self.image_token_id).sum()
         return pages[: int(np.searchsorted(ends, num_image_tokens, "right"))]
 
-    def _pages_of(self, page: Record | Image.Image | None) -> list[Tiles]:
+    def _pages_of(self, page: Record | Image.Image | Tiles | None) -> list[Tiles]:
         """The tiles of each image that a prompt shows."""
         if page is None:
             return []
+        if isinstance(page, Tiles):
+            return [page]
         if isinstance(page, Record):
             return self.tile_pages(page)
         return [tiling.tile_page(page.convert("RGB"), self.vision, self.data)]
@@ -283,10 +312,27 @@ class ExampleBuilder:
             left -= len(pages[-1].pixels)
         return pages
 
-    def _stack_tiles(self, pages: list[Tiles]) -> np.ndarray:
-        """All pages' tiles, uint8 [t, Y, X, C]; t may be 0."""
+    @property
+    def _keeps_some(self) -> bool:
+        return self.keep is not None or self.data.blank_contrast > 0
+
+    def _kept(self, pages: list[Tiles]) -> list[np.ndarray] | None:
+        """The patches of each page that have image tokens, bool [n, P]; None where all have."""
+        if not self._keeps_some:
+            return None
+        by_pixels = functools.partial(tiling.kept_patches, vision=self.vision, data=self.data)
+        keep = self.keep or by_pixels
+        return [keep(page.pixels) for page in pages]
+
+    def _tile_arrays(self, pages: list[Tiles], kept: list[np.ndarray] | None) -> PackedSequence:
+        """All pages' tiles, uint8 [t, Y, X, C], and where blank patches are left out which are
+        kept, bool [t, P]; t may be 0. `kept` may be of pages that follow, too."""
         none = np.zeros((0, self.vision.tile_height, self.vision.tile_width, 3), np.uint8)
-        return np.concatenate([none, *(page.pixels for page in pages)])
+        tiles = np.concatenate([none, *(page.pixels for page in pages)])
+        if kept is None:
+            return {"tiles": tiles}
+        nothing = np.zeros((0, self.vision.num_patches), bool)
+        return {"tiles": tiles, "kept_patches": np.concatenate([nothing, *kept[: len(pages)]])}
 
     def patch_labels(self, record: Record, pages: list[Tiles]) -> PackedSequence:
         """Returns the patch labels of a record's tiles, each [t, P, ...].
@@ -305,18 +351,13 @@ class ExampleBuilder:
         }
 
 
-def build_text(tokens: np.ndarray, length: int, tokenizer: Tokenizer) -> PackedSequence:
-    """Returns the sequence of at most `length` tokens of plain text, without tiles: every token but
-    the first is to be predicted, with a loss weight of 1."""
-    loss_weights = np.ones(len(tokens), np.float32)
-    loss_weights[-1:] = 0
-    return _text_arrays([(tokens, loss_weights)], length, tokenizer)
-
-
-def trim(prompt: PackedSequence, length: int, num_tiles: int) -> PackedSequence:
-    """Returns a prompt of at most so many tokens and tiles."""
-    ends = {"tiles": num_tiles}
-    return {name: array[: ends.get(name, length)] for name, array in prompt.items()}
+def _token_counts(
+    pages: list[Tiles], kept: list[np.ndarray] | None, tokens_per_tile: int
+) -> list[int]:
+    """The image tokens of each page: of the patches that are kept, or of all its tiles."""
+    if kept is None:
+        return [len(page.pixels) * tokens_per_tile for page in pages]
+    return [int(of_page.sum()) for of_page in kept]
 
 
 def _pages_seen(pages: list[Tiles], before: Sequence[Turn], question: ChatTurn) -> list[Tiles]:
@@ -329,44 +370,3 @@ def _pages_seen(pages: list[Tiles], before: Sequence[Turn], question: ChatTurn) 
         seen += pages[start:end] if is_there else []
         start = end
     return seen
-
-
-def _normalised(loss_weights: np.ndarray, unit: str) -> np.ndarray:
-    """Loss weights float32 [n], whose sum is 1 over each "answer", or over the "record"."""
-    if unit == "record":
-        return loss_weights / loss_weights.sum()
-    # Answers are runs of weights above 0: a question stands between any two.
-    starts = np.diff(loss_weights, prepend=np.float32(0)) > 0
-    numbers = np.cumsum(starts)
-    sizes = np.bincount(numbers, weights=loss_weights)
-    return loss_weights / np.maximum(sizes[numbers], 1).astype(np.float32)
-
-
-def _text_arrays(
-    segments: Sequence[tuple[np.ndarray, np.ndarray]], length: int, tokenizer: Tokenizer
-) -> PackedSequence:
-    """The arrays [length] of segments, each its tokens and their loss weights.
-
-    No position predicts the next segment.
-    """
-    arrays = {
-        "tokens": np.full(length, tokenizer.pad_id, np.int32),
-        "targets": np.full(length, tokenizer.pad_id, np.int32),
-        "loss_weights": np.zeros(length, np.float32),
-        "positions": np.zeros(length, np.int32),
-        "segment_ids": np.zeros(length, np.int32),
-    }
-    start = 0
-    # Numbered from 1: segment 0 is the padding, which attention must tell from text.
-    for number, (tokens, loss_weights) in enumerate(segments, start=1):
-        end = start + len(tokens)
-        arrays["tokens"][start:end] = tokens
-        # The last position of a segment predicts nothing: its target stays padding, its weight is
-        # 0.
-        arrays["targets"][start : end - 1] = tokens[1:]
-        arrays["loss_weights"][start:end] = loss_weights
-        # From 0 in each segment, as if it had the sequence to itself.
-        arrays["positions"][start:end] = np.arange(len(tokens))
-        arrays["segment_ids"][start:end] = number
-        start = end
-    return arrays

@@ -1,6 +1,5 @@
 """Patch labels: the tokens that each patch shows, weighted by their area within the patch."""
 
-import functools
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -8,8 +7,10 @@ from typing import NamedTuple
 import numpy as np
 
 from alignvlm_jax.config import DataConfig, VisionConfig
+from alignvlm_jax.data import tiling
 from alignvlm_jax.data.images import Tiles
 from alignvlm_jax.data.record import Word
+from alignvlm_jax.data.tokenizers import letters
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 
 MIN_COVERED = 1 / 8
@@ -77,7 +78,8 @@ def patch_labels(
     loss_weights = np.where(
         has_text,
         # A flat patch is a gap, or lies within a stroke of a large letter: none tells which.
-        np.minimum(covered / data.full_cover, 1) * (_contrast(tiles, vision) >= data.min_contrast),
+        np.minimum(covered / data.full_cover, 1)
+        * (tiling.contrast(tiles.pixels, vision) >= data.min_contrast),
         np.where(unread >= MIN_COVERED, 0, data.blank_weight),
     )
     return PatchLabels(ids, weights, loss_weights.astype(np.float32))
@@ -166,16 +168,14 @@ def _token_offsets(text: str, tokenizer: Tokenizer, unit: str) -> list[tuple[int
     """Returns (id, start, end) for every token of a word, or of its characters one by one."""
     if unit == "token":
         return tokenizer.token_offsets(text)
-    return [
-        (token, start, start + 1)
-        for start, character in enumerate(text)
-        for token in _tokens_of_character(character, tokenizer)
-    ]
-
-
-@functools.lru_cache(maxsize=4096)
-def _tokens_of_character(character: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    return tuple(token for token, _, _ in tokenizer.token_offsets(character))
+    found = []
+    for start, character in enumerate(text):
+        tokens = letters.of_character(character, tokenizer)
+        if unit == "letter" and start == 0:
+            # The space says where a word begins.
+            tokens = letters.with_space(character, tokenizer) or tokens
+        found += [(token, start, start + 1) for token in tokens]
+    return found
 
 
 def _edges(word: Word) -> tuple[Sequence[float], bool]:
@@ -224,6 +224,7 @@ def _tile_labels(
       data: k is its `max_patch_labels`.
     """
     rows, columns = vision.patch_grid
+    is_at_centre = data.label_unit == "letter"
     boxes = placed.boxes
     top_ids = np.full((data.max_patch_labels, vision.num_patches), space_id, np.int32)
     top_areas = np.zeros(top_ids.shape, np.float32)
@@ -245,7 +246,14 @@ def _tile_labels(
         # [M, rows] and [M, columns] give [M, P].
         read = height[is_read]
         covered = (read.T @ width[is_read]).ravel()
-        sloped = _overlap(x[shown][is_read], vision.patch_width, columns, data.label_slope)
+        if is_at_centre:
+            on_page = ((boxes[:, 0] + boxes[:, 2]) / 2)[shown][is_read]
+            middles = (on_page - crop[0]) * scale[0]
+            sloped = _at(middles, vision.patch_width, columns, data.label_slope)
+            # Of a crop that ends before its tile does, what lies beyond is another tile's.
+            sloped[on_page >= crop[2]] = 0
+        else:
+            sloped = _overlap(x[shown][is_read], vision.patch_width, columns, data.label_slope)
         areas = (read[:, :, None] * sloped[:, None, :]).reshape(len(ids), -1)
         # A token that occurs twice in a patch is one label. Equal ids are neighbours, and reduceat
         # sums each run of them: areas become [different tokens, P].
@@ -257,7 +265,10 @@ def _tile_labels(
         # text reaches. `height.max(0)`, [rows], is the height of the highest token in a row of
         # patches.
         line = np.repeat(height.max(0) * vision.patch_width, columns)
-        blank = np.where(has_text, np.maximum(line - areas.sum(0) - unread, 0), 1)
+        rest = np.maximum(line - areas.sum(0) - unread, 0)
+        # A letter that has its middle here stands for all of the patch.
+        rest = np.where(areas.any(0), 0, 1) if is_at_centre else rest
+        blank = np.where(has_text, rest, 1)
         ids = np.append(ids, space_id)
         areas = np.vstack([areas * has_text, blank])
         # k rounds of argmax are cheaper than a sort, as k is small, and of equal areas the smallest
@@ -274,20 +285,6 @@ def _tile_labels(
     return top_ids.T, top_areas.T, covered / area, unread / area
 
 
-def _contrast(tiles: Tiles, vision: VisionConfig) -> np.ndarray:
-    """Returns the range of levels within each patch, in the colour where it is largest, int16
-    [n, P]."""
-    rows, columns = vision.patch_grid
-    # What no patch sees, of a tile that they do not divide evenly, is cut off.
-    seen = tiles.pixels[:, : rows * vision.patch_height, : columns * vision.patch_width]
-    lines = seen.reshape(len(seen), rows, vision.patch_height, -1)
-    # One axis after the other: over both at once NumPy takes ten times as long.
-    shape = (len(seen), rows, columns, vision.patch_width, 3)
-    highest = lines.max(2).reshape(shape).max(3)
-    lowest = lines.min(2).reshape(shape).min(3)
-    return (highest.astype(np.int16) - lowest).max(-1).reshape(len(seen), -1)
-
-
 def _overlap(spans: np.ndarray, size: int, count: int, slope: float = 0.0) -> np.ndarray:
     """Returns the length of each span [M, 2] within each of `count` cells of `size`, [M, count];
     with a slope the left of a cell counts for more of it than the right, the whole as before."""
@@ -296,3 +293,13 @@ def _overlap(spans: np.ndarray, size: int, count: int, slope: float = 0.0) -> np
     end = np.clip(spans[:, 1:] - starts, 0, size)
     # The integral of 1 + slope * (1 - 2 u / size) over u.
     return (end - begin) * (1 + slope * (1 - (begin + end) / size))
+
+
+def _at(middles: np.ndarray, size: int, count: int, slope: float) -> np.ndarray:
+    """Returns 1 for the one of `count` cells of `size` in which each middle [M] lies, [M, count];
+    with a slope more at the left of a cell, and less at its right."""
+    cells = np.floor(middles / size)
+    within = middles / size - cells
+    weights = 1 + slope * (1 - 2 * within)
+    # Beyond the crop a middle is in no cell: the letter is another tile's.
+    return (cells[:, None] == np.arange(count)) * weights[:, None].astype(np.float32)

@@ -15,10 +15,11 @@ import numpy as np
 
 from alignvlm_jax.config import Config, ModelConfig
 from alignvlm_jax.data import lengths, mixture, read_ahead, sampler
-from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence, Segment
+from alignvlm_jax.data.examples import ExampleBuilder, Segment
 from alignvlm_jax.data.mixture import NothingToDraw
 from alignvlm_jax.data.record import Batch, Record
 from alignvlm_jax.data.sampler import Schedule
+from alignvlm_jax.data.sequences import PackedSequence
 from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.data.tasks import TASKS
 from alignvlm_jax.errors import UserError, nearest, stage_flag
@@ -104,6 +105,13 @@ class TrainSequences:
                 self.problem = self.problem or str(err)
             else:
                 segments.append((record.id, segment))
+                kept = segment.tile_arrays.get("kept_patches")
+                # No config tells how many there are of a page whose blank patches have none.
+                if kept is not None and not segment.loss_weights.any():
+                    self.problem = self.problem or (
+                        f"record {record.id} has no answer that fits beside its {kept.sum():,} "
+                        "image tokens"
+                    )
         return segments
 
     def check_words(self) -> None:
@@ -204,6 +212,12 @@ class TrainSequences:
         num_tokens = sum(len(segment.tokens) for segment in segments)
         num_tiles = sum(len(segment.tile_arrays["tiles"]) for segment in segments)
         if num_tokens > data.seq_len or num_tiles > data.max_tiles:
+            if data.packing == "none" and len(segments) > 1:
+                raise UserError(
+                    f"record {record.id} does not fit beside {len(segments) - 1} of config.data."
+                    f"records_per_sequence {data.records_per_sequence}: {num_tokens} of seq_len "
+                    f"{data.seq_len} tokens, {num_tiles} of max_tiles {data.max_tiles}"
+                )
             raise UserError(
                 f"record {record.id} takes more of a row than its index says; `prepare --recount` "
                 "mends it"
@@ -263,6 +277,7 @@ class TrainBatches(Iterator[Batch]):
             config.data,
         )
         self._global_size = global_size
+        self._needs_answers = config.train.answer_weight > 0
         self.next_sequence = start_sequence
         self._max_unsupervised = config.data.max_unsupervised
         self._num_records = self.num_unsupervised = 0
@@ -291,7 +306,8 @@ class TrainBatches(Iterator[Batch]):
             for row in self._local_rows
         )
         self._num_records += planned
-        self.num_unsupervised += planned - count_supervised(batch)
+        taught = count_supervised if self._needs_answers else count_seen
+        self.num_unsupervised += planned - taught(batch)
         # At the start of a run one bad record would be a large fraction: none is taken of less than
         # 100.
         if self.num_unsupervised > self._max_unsupervised * max(self._num_records, 100):
@@ -316,6 +332,15 @@ def count_supervised(batch: Batch) -> int:
     return int(is_supervised.sum())
 
 
+def count_seen(batch: Batch) -> int:
+    """Returns how many records of a batch are there at all, with or without an answer that fits:
+    those that teach a stage of patch labels alone."""
+    # One whose answer does not fit has no tokens, and its patches are there. Segments are numbered
+    # over all records of a sequence, also those without tokens.
+    has_patches = (batch["patch_loss_weights"] > 0).any((1, 2))
+    return int(np.maximum(batch["segment_ids"].max(1), has_patches).sum())
+
+
 def stack(sequences: list[PackedSequence]) -> Batch:
     """Stacks packed sequences or prompts, each an array's row, to a batch."""
     return Batch(**{name: np.stack([one[name] for one in sequences]) for name in sequences[0]})
@@ -324,6 +349,9 @@ def stack(sequences: list[PackedSequence]) -> Batch:
 def used(batch: Batch, model: ModelConfig, max_tiles: int) -> tuple[float, float]:
     """Returns the fractions of a batch's tokens and of its tiles that are no padding; each of its
     sequences has room for `max_tiles`."""
-    image_tokens = np.count_nonzero(batch["tokens"] == model.image_token_id)
-    room = len(batch["tokens"]) * max_tiles * model.tokens_per_tile
-    return float(np.mean(batch["segment_ids"] > 0)), image_tokens / room
+    if "kept_patches" in batch:
+        tiles = float(np.mean(batch["kept_patches"].any(-1)))
+    else:
+        image_tokens = np.count_nonzero(batch["tokens"] == model.image_token_id)
+        tiles = image_tokens / (len(batch["tokens"]) * max_tiles * model.tokens_per_tile)
+    return float(np.mean(batch["segment_ids"] > 0)), tiles

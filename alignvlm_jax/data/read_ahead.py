@@ -8,8 +8,8 @@ from typing import Protocol
 import grain
 
 from alignvlm_jax.config import DataConfig
-from alignvlm_jax.data.examples import PackedSequence
 from alignvlm_jax.data.record import Batch
+from alignvlm_jax.data.sequences import PackedSequence
 
 RECORDS = 128
 """Requested and not used yet: twice as many as there are requests at a time."""

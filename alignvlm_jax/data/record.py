@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -99,6 +99,8 @@ class Batch(TypedDict):
     # float32 [B, I, P, k], sums to 1 over k on every patch of a used tile
     patch_label_weights: np.ndarray
     patch_loss_weights: np.ndarray  # float32 [B, I, P], 0 where the record does not know its words
+    # bool [B, I, P], the patches with an image token; only with `data.blank_contrast`
+    kept_patches: NotRequired[np.ndarray]
 
 
 def encode_record(record: Record) -> bytes:

@@ -87,12 +87,13 @@ def make(
 
 
 class Shuffled:
-    """A record a sequence, each of a folder's once an epoch."""
+    """A fixed number of records a sequence, each of a folder's once an epoch."""
 
     num_unused = 0
 
     def __init__(self, data: DataConfig, size: int, seed: Sequence[int]):
         self._size = size
+        self._each = data.records_per_sequence
         self._seed = seed
         shuffle_seed = int(np.random.default_rng(seed).integers(2**32))
         self.order = grain.MapDataset.range(size).shuffle(shuffle_seed).repeat()
@@ -101,23 +102,30 @@ class Shuffled:
 
     def picks(self, index: int) -> list[Pick]:
         """See Schedule."""
-        # Of the sequence's index alone: who builds it, and after which others, does not matter.
-        rng = np.random.default_rng([*self._seed, index])
+        # Of the sequence's index alone: who builds it, and after which others, does not matter. Nor
+        # does whether a record before can be read: each has a generator of its own.
+        seeds = [[*self._seed, index, i][: None if i else -1] for i in range(self._each)]
+        rngs = map(np.random.default_rng, seeds)
+        records = self.records(index)
+        return [Pick(one, self._task(rng), rng) for one, rng in zip(records, rngs, strict=True)]
+
+    def _task(self, rng: np.random.Generator) -> str:
         # What rng.choice does with shares, without its checks, which take longer than the rest.
-        task = self._tasks[np.searchsorted(self._bounds, rng.random(), side="right")]
-        return [Pick(self.order[index], task, rng)]
+        return self._tasks[np.searchsorted(self._bounds, rng.random(), side="right")]
 
     def records(self, index: int) -> list[int]:
         """See Schedule."""
-        return [self.order[index]]
+        return [self.order[index * self._each + i] for i in range(self._each)]
 
     def num_records(self, index: int) -> int:
         """See Schedule."""
-        return 1
+        return self._each
 
     def counters(self, next_sequence: int) -> dict[str, float]:
         """See Schedule."""
-        return {"epoch": next_sequence / self._size, "records": next_sequence}
+        # Planned ones: those that do not fit are counted where they are left out.
+        records = next_sequence * self._each
+        return {"epoch": records / self._size, "records": records}
 
     def state(self) -> dict[str, Any]:
         """See Schedule."""

@@ -46,6 +46,17 @@ def shard_name(split: str, index: int, count: int) -> str:
     return f"{split}-{index:05d}-of-{count:05d}.array_record"
 
 
+def split_names(files: Iterable[str]) -> dict[str, list[str]]:
+    """Returns the splits that have shards among the names of files, sorted, each with those of its
+    shards."""
+    splits: dict[str, list[str]] = {}
+    for name in sorted(files):
+        # A split may have hyphens of its own.
+        if found := re.fullmatch(r"(.+)-\d+-of-\d+\.array_record", name):
+            splits.setdefault(found[1], []).append(name)
+    return dict(sorted(splits.items()))
+
+
 def shard_names(directory: str | os.PathLike, split: str) -> list[str]:
     """Returns the names of the shards of a split that exist, in order."""
     is_shard = re.compile(rf"{re.escape(split)}-\d+-of-\d+\.array_record").fullmatch

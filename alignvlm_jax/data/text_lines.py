@@ -110,12 +110,12 @@ def _letter_height(ink: np.ndarray) -> float:
     # Eight pixels at a time, as one number.
     eights = padded.view(np.uint64).reshape(height, columns, -1)
     strips = np.bitwise_or.reduce(eights, axis=2) != 0
-    heights = [end - start for strip in strips.T for start, end in _runs(strip)]
+    heights = [end - start for strip in strips.T for start, end in runs_of(strip)]
     heights = [one for one in heights if one >= 4]
     return float(np.median(heights)) if heights else 0.0
 
 
-def _runs(flags: np.ndarray) -> list[Span]:
+def runs_of(flags: np.ndarray) -> list[Span]:
     """Returns where runs of true flags [M] begin and end."""
     padded = np.zeros(len(flags) + 2, np.int8)
     padded[1:-1] = flags
@@ -156,7 +156,7 @@ def _long_runs(ink: np.ndarray, length: int) -> np.ndarray:
 def _cut(ink: np.ndarray, region: Region, unit: float) -> Iterator[Region]:
     """Yields the lines of a region, each as the box of its ink."""
     area = ink[region.top : region.bottom, region.left : region.right]
-    for rows, gutter in _in_columns(area, _joined(_runs(area.any(1)), unit), unit):
+    for rows, gutter in _in_columns(area, _joined(runs_of(area.any(1)), unit), unit):
         if gutter:
             part = region._replace(top=region.top + rows[0], bottom=region.top + rows[1])
             yield from _cut(ink, part._replace(right=region.left + gutter[0]), unit)
@@ -203,7 +203,7 @@ def _in_columns(
         # As many runs as leave a gap in the middle.
         while end < len(runs):
             inked = inked | strip[slice(*runs[end])].any(0)
-            widest = max(_runs(~inked), key=lambda gap: gap[1] - gap[0], default=(0, 0))
+            widest = max(runs_of(~inked), key=lambda gap: gap[1] - gap[0], default=(0, 0))
             if widest[1] - widest[0] < COLUMN_GAP * unit:
                 break
             gutter = first + widest[0], first + widest[1]
@@ -273,7 +273,7 @@ def _joined(runs: list[Span], unit: float) -> list[Span]:
 def _divided(ink: np.ndarray, segment: Region, unit: float) -> list[Region]:
     """Returns the lines of a segment without a blank row that is higher than a line."""
     area = ink[segment.top : segment.bottom, segment.left : segment.right]
-    gaps = [gap for gap in _runs(~area.any(0)) if gap[1] - gap[0] >= COLUMN_GAP * unit]
+    gaps = [gap for gap in runs_of(~area.any(0)) if gap[1] - gap[0] >= COLUMN_GAP * unit]
     bounds = [0, *(edge for gap in gaps for edge in gap), area.shape[1]]
     cells = list(zip(bounds[::2], bounds[1::2], strict=True))
     row_ink = np.stack([area[:, slice(*cell)].sum(1, dtype=np.int32) for cell in cells])

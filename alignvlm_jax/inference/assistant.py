@@ -12,8 +12,12 @@ import numpy as np
 from PIL import Image
 
 from alignvlm_jax import storage
+from alignvlm_jax.config import DataConfig, VisionConfig
 from alignvlm_jax.data import loader, tiling
-from alignvlm_jax.data.examples import PackedSequence
+from alignvlm_jax.data.examples import ExampleBuilder
+from alignvlm_jax.data.images import Tiles
+from alignvlm_jax.data.sequences import PackedSequence
+from alignvlm_jax.data.tasks import TRANSCRIBE_QUESTION
 from alignvlm_jax.errors import UserError, counted
 from alignvlm_jax.inference import batching, loading, patch_tokens
 from alignvlm_jax.inference.batching import Prompts
@@ -139,6 +143,24 @@ class Assistant:
         generated = self._generate(prompts, most, decoding)
         return generated if _is_many(image) or _is_many(question) else generated[0]
 
+    def read(self, image: Page, *, page: int = 1, max_new_tokens: int | None = None) -> str:
+        """Returns the text of a page, as `TRANSCRIBE_QUESTION` asks for it.
+
+        A page that is cut by its text lines is read line by line, in batches: it may have more of
+        them than the model is shown at once.
+
+        Args:
+          image: as in `answer`.
+          page: of a PDF, from 1.
+          max_new_tokens: of the longest answer, that of a line.
+
+        Raises:
+          UserError: as `answer`.
+        """
+        prompts = reading_prompts(self.loaded.builder, self._open(image, page))
+        most = max_new_tokens or self.loaded.config.eval.max_new_tokens
+        return "\n".join(text.rstrip() for text in self._generate(prompts, most, GREEDY))
+
     def lens(
         self, image: Page, *, page: int = 1, num_tokens: int = patch_tokens.NUM_TOKENS
     ) -> Lens:
@@ -227,9 +249,23 @@ class Assistant:
         return [one.text for one in generated]
 
 
+def reading_prompts(builder: ExampleBuilder, page: Image.Image) -> list[PackedSequence]:
+    """Returns the prompts that ask for the text of a page: one, or of a page that is cut by its
+    text lines one for each.
+
+    A model that was trained on a few lines begins to repeat itself where it is shown more letters.
+    """
+    data = builder.data
+    parts: list[Image.Image | Tiles] = [page]
+    if data.tiling == "lines":
+        tiles = tiling.tile_page(page.convert("RGB"), builder.vision, data, tiling.ANY_NUMBER)
+        parts = tiling.by_lines(tiles, data.tiles_of_a_record)
+    return [builder.prompt(part, TRANSCRIBE_QUESTION) for part in parts]
+
+
 def _warn_caller(problem: str) -> None:
-    """Warns at the line that called `answer` or `lens`."""
-    # This function, _open or _generate, and one of the two lie between.
+    """Warns at the line that called `answer`, `read` or `lens`."""
+    # This function, _open or _generate, and one of the three lie between.
     warnings.warn(problem, stacklevel=4)
 
 
@@ -266,12 +302,28 @@ def problem_with(loaded: Loaded, page: Image.Image) -> str:
     # Of areas, not of sides: two pixels for each letter's stroke become one at a reduction of 4.
     reduction = page.height * page.width / (height * width)
     if reduction < MAX_REDUCTION:
-        return ""
+        return _problem_with_blanks(page, vision, data)
     return (
         f"a page of {page.width} x {page.height} pixels is seen as {width} x {height}, one pixel "
         f"for {reduction:.0f} of the page: this model reads pages of up to "
         f"{counted(data.tiles_of_a_record, 'tile')} of "
         f"{vision.tile_width} x {vision.tile_height} pixels"
+    )
+
+
+def _problem_with_blanks(page: Image.Image, vision: VisionConfig, data: DataConfig) -> str:
+    """Returns that a page is too faint, where all of its patches count as blank and it is not of
+    one colour."""
+    if not data.blank_contrast:
+        return ""
+    tiles = tiling.tile_page(page.convert("RGB"), vision, data, tiling.ANY_NUMBER).pixels
+    # A page of one colour is blank, which is no fault of its contrast.
+    most = int(tiling.contrast(tiles, vision).max())
+    if not 0 < most < data.blank_contrast:
+        return ""
+    return (
+        f"all of the page counts as blank: pixels of a patch differ by at most "
+        f"{counted(most, 'level')}, and config.data.blank_contrast is {data.blank_contrast}"
     )
 
 

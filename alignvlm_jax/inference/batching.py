@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from alignvlm_jax.data import chat, loader
-from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
+from alignvlm_jax.data.examples import ExampleBuilder
+from alignvlm_jax.data.sequences import PackedSequence
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import buckets

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Sequence
 
 from alignvlm_jax.config import DataConfig
-from alignvlm_jax.data import examples
-from alignvlm_jax.data.examples import PackedSequence
+from alignvlm_jax.data import sequences
+from alignvlm_jax.data.sequences import PackedSequence
 
 TEXT_ROOM = 256
 """Tokens of text that the smaller of the two buckets of a number of tiles has room for in a server;
@@ -83,10 +83,11 @@ def fit(prompt: PackedSequence, bucket: Bucket) -> PackedSequence:
     numbers = {name: array for name, array in prompt.items() if not array.ndim}
     arrays = {name: array for name, array in prompt.items() if array.ndim}
     # What is cut off is padding and unused tiles: the bucket has room for all of the prompt.
-    trimmed = examples.trim(arrays, bucket.length, bucket.num_tiles)
+    trimmed = sequences.trim(arrays, bucket.length, bucket.num_tiles)
     if not bucket.num_tiles:
         # The program without them is another: no image is encoded.
         trimmed.pop("tiles", None)
+        trimmed.pop("kept_patches", None)
     return trimmed | numbers
 
 

@@ -211,9 +211,7 @@ def _checkpoint_of(path: Path, step: int) -> Path:
 def programs_kept(path: Path) -> contextlib.AbstractContextManager[None]:
     """Returns a context in which compiled programs are kept in the workdir of a checkpoint; of an
     exported model they are not, since it is handed on."""
-    if exported.is_exported(path):
-        return contextlib.nullcontext()
-    return compile_cache.kept_in(workdir_of(path))
+    return compile_cache.kept_in(None if exported.is_exported(path) else workdir_of(path))
 
 
 def workdir_of(path: Path) -> Path:

@@ -18,7 +18,7 @@ from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.shapes import Array, Int
 
-PROMPT_FIELDS = ("tokens", "positions", "segment_ids", "tiles")
+PROMPT_FIELDS = ("tokens", "positions", "segment_ids", "tiles", "kept_patches")
 NOISE_FIELDS = ("noise_sigma", "noise_seed")
 
 
@@ -197,13 +197,15 @@ def _shardings(mesh: Mesh) -> Any:
 def longest_prompt(data: DataConfig, tokens_per_tile: int, tokens_per_prompt_tile: int) -> int:
     """Returns the tokens of the longest prompt to expect of a stage: of one record, though a packed
     sequence holds many. It has all tiles that a record may have, and the text that a sequence full
-    of tiles has room for.
+    of tiles has room for; where blank patches are left out, that may be all of it.
 
     Args:
       data: of the stage.
       tokens_per_tile: image tokens of a tile in the stage's training sequences.
       tokens_per_prompt_tile: those of a tile in a prompt.
     """
+    if data.blank_contrast:
+        return data.seq_len
     text = data.seq_len - data.max_tiles * tokens_per_tile
     return min(text + data.tiles_of_a_record * tokens_per_prompt_tile, data.seq_len)
 

@@ -1,4 +1,4 @@
-"""Tiles of pages through a function of the model, a few at a time."""
+"""Tiles or prompts through a function of the model, a few at a time."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,13 +24,12 @@ def tiles_of(loaded: Loaded, records: Sequence[Record]) -> np.ndarray:
     Raises:
       UserError: an image cannot be read, or there is none.
     """
-    builder = loaded.builder
-    prompts = [builder.prompt(record, "") for record in records]
-    # Each trimmed by itself: together, all would keep as many tiles as the largest has.
-    tiles = np.concatenate([builder.trim_prompts([prompt])[0]["tiles"] for prompt in prompts])
-    if not len(tiles):
+    # Not those of prompts: where blank patches have no image tokens, that of a dense page may be
+    # too long, and its patches can be looked at all the same.
+    pages = [page.pixels for record in records for page in loaded.builder.tile_pages(record)]
+    if not pages:
         raise UserError("the chosen records have no images")
-    return tiles
+    return np.concatenate(pages)
 
 
 def map_tiles(
@@ -50,12 +49,24 @@ def map_tiles(
         batch [n, ...].
     """
     # [n, Y, X, C] -> [n, 1, Y, X, C]: each a sequence of one tile.
-    every = {**rows_of_one, "tiles": rows_of_one["tiles"][:, None]}
-    total = len(every["tiles"])
+    yield from map_rows(
+        loaded, fn, {**rows_of_one, "tiles": rows_of_one["tiles"][:, None]}, "tiles"
+    )
+
+
+def map_rows(
+    loaded: Loaded,
+    fn: Callable[[VLM, Mapping, Mapping[str, jax.Array]], Any],
+    every: Mapping[str, np.ndarray],
+    name: str,
+) -> Iterator[Any]:
+    """Yields fn(model, variables, batch) of a few rows after a few, as `map_tiles`; `every` are the
+    arrays of a batch [n, ...], and `name` is what progress calls a row."""
+    total = len(next(iter(every.values())))
     size = loaded.data_parallel_size
     local_rows = sharding.rows_of_process(loaded.mesh, size)
     apply = _jitted(fn, loaded.model, loaded.mesh)
-    for start in track(range(0, total, size), "tiles"):
+    for start in track(range(0, total, size), name):
         # Every batch has one shape: the last one repeats its last row.
         here = np.minimum(start + local_rows, total - 1)
         with mesh_lib.use(loaded.mesh):

@@ -165,13 +165,11 @@ def _of_place(excluded: str) -> Iterator[Known]:
     """Yields the images of the splits of a prepared folder."""
     folder, split = folder_of(excluded)
     entries = filesystem.listing(folder)
-    ending = ".array_record"
-    # SPLIT-00000-of-00009.array_record; a split may have hyphens of its own.
-    splits = {file.rsplit("-", 3)[0] for file in entries if file.endswith(ending)}
+    splits = shards_lib.split_names(entries)
     if not splits or (split and split not in splits):
         hint = nearest(split, splits) if splits else "; name a folder that `prepare` wrote"
         raise UserError(f"--exclude={excluded} has no shards{' of that split' * bool(split)}{hint}")
-    for one in [split] if split else sorted(splits):
+    for one in [split] if split else splits:
         kept = entries.get(file_name(one))
         known = read(filesystem.join(folder, file_name(one)), kept.size) if kept else None
         if known is None:

@@ -119,13 +119,10 @@ def recount(out: Path, tokenizer_path: str) -> dict[str, int]:
     tokenizer = tokenizers.load(tokenizer_path)
     fingerprint = index.tokenizer_fingerprint(tokenizer_path)
     chat_template.format_of(tokenizer)
-    shards = sorted(out.glob("*-[0-9]*-of-[0-9]*.array_record"))
-    if not shards:
+    names = shards_lib.split_names(path.name for path in out.glob("*"))
+    if not names:
         raise UserError(f"no shards in {out}; run `prepare` first")
-    splits: dict[str, list[Path]] = {}
-    for shard in shards:
-        # SPLIT-00000-of-00009.array_record; a split may have hyphens of its own.
-        splits.setdefault(shard.name.rpartition("-of-")[0].rpartition("-")[0], []).append(shard)
+    splits = {split: [out / name for name in of] for split, of in names.items()}
     uncounted = {
         split: of for split, of in splits.items() if not _is_merged(out, split, fingerprint)
     }

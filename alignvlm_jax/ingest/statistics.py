@@ -95,11 +95,14 @@ def collect(
     advice: tuple[Advice | None, ...] = ()
     if measured:
         values["tiles a record"] = measured.tiles
+    # How many patches are blank is known of pixels alone.
+    if measured and not builder.data.blank_contrast:
         # Of the stage's own tasks: with its lengths, rows of others would be cut as none ever is.
+        # An index has the tokens of answers that are not spelled.
         values |= {
             f"row tokens, {task}": tokens
             for task, tokens in zip(TASKS, measured.tokens, strict=True)
-            if builder.data.tasks.get(task)
+            if builder.data.tasks.get(task) and builder.data.answer_unit == "token"
         }
         advice = _tile_advice(known, builder), _length_advice(known, measured.tokens, builder)
     return Statistics(
@@ -165,11 +168,13 @@ def _facts(known: Index, builder: ExampleBuilder) -> dict[str, str]:
     return {
         "Rows": f"{data.seq_len:,} tokens, {counted(data.max_tiles, 'tile')} of "
         f"{vision.tile_width} × {vision.tile_height} pixels with "
-        f"{counted(builder.tokens_per_tile, 'image token')} each",
+        f"{counted(builder.tokens_per_tile, 'image token')} each"
+        f"{', less those of blank patches' if data.blank_contrast else ''}",
         "Tiles of a record": f"at most {data.tiles_of_a_record}"
         f"{', the overview first' if data.use_overview else ''}"
         f"{', by its text lines' if data.tiling == 'lines' else ''}",
-        "Tokens counted by": f"tokenizer {known.tokenizer}",
+        "Tokens counted by": f"tokenizer {known.tokenizer}"
+        f"{', before answers are spelled' if data.answer_unit == 'letter' else ''}",
         "Same content twice": counted(doubles, "record"),
     }
 

@@ -13,7 +13,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from alignvlm_jax.config import LLMConfig
-from alignvlm_jax.models.layers import Einsum, RMSNorm, apply_rope, rope_frequencies, scan_blocks
+from alignvlm_jax.models.layers import (
+    SOWN,
+    Einsum,
+    RMSNorm,
+    apply_rope,
+    rope_frequencies,
+    scan_blocks,
+)
 from alignvlm_jax.ops.attention import attention, self_attention
 from alignvlm_jax.ops.chunked import columns_per_chunk
 from alignvlm_jax.ops.cross_entropy import TokenLosses, token_losses
@@ -178,6 +185,8 @@ class Block(nn.Module):
         x_BTD += mixed_BTD
         x_BTD += MLP(self.config, self.dtype, name="mlp")(RMSNorm(eps, name="mlp_norm")(x_BTD))
         x_BTD = nn.with_logical_constraint(x_BTD, ("act_batch", "act_len", "act_embed"))
+        # No part of the program unless the collection is asked for.
+        self.sow(SOWN, "output", x_BTD)
         return (x_BTD, cache), None
 
 
@@ -265,9 +274,9 @@ class Llama(nn.Module):
         # The scan carries the whole cache: were each layer given its own and handed it back, all of
         # it would be copied.
         layers = jnp.arange(self.config.num_layers)
-        (x_BTD, cache), _ = self.blocks(
-            (x.astype(self.dtype), cache), layers, positions, segment_ids, mask
-        )
+        x_BTD = x.astype(self.dtype)
+        self.sow(SOWN, "input", x_BTD)
+        (x_BTD, cache), _ = self.blocks((x_BTD, cache), layers, positions, segment_ids, mask)
         if cache is not None:
             # Once, after all layers: each of them writes the same tokens at the same slots.
             cache = cache._replace(index=cache.index + x.shape[1])

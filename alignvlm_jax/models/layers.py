@@ -33,6 +33,8 @@ REMAT_POLICIES: dict[str, Callable | None] = {
     },
 }
 
+SOWN = "intermediates"
+"""Collection of what modules sow; Flax leaves this one out when it initialises parameters."""
 
 # Logical axes of parameters that are gathered for use. Left to itself, the partitioner sometimes
 # keeps a kernel's shards and makes one narrow matmul of each, for which its inputs go round.
@@ -333,7 +335,8 @@ def scan_blocks(
         block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat])
     return nn.scan(
         block,
-        variable_axes={"params": 0},
+        # What a block sows is kept only where `apply` is told to (`vlm.hidden_states`).
+        variable_axes={"params": 0, SOWN: 0},
         # A key for each layer: with one for all, every layer would start from the same numbers.
         split_rngs={"params": True},
         length=num_layers,

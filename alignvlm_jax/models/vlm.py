@@ -17,8 +17,9 @@ from flax import traverse_util
 from alignvlm_jax.config import DataConfig, ModelConfig
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import connectors
-from alignvlm_jax.models.connectors.base import VOCABULARY_SUBSET, PatchLabels
+from alignvlm_jax.models.connectors.base import KEPT_ENTRIES, VOCABULARY_SUBSET, PatchLabels
 from alignvlm_jax.models.decoder import Cache, Llama
+from alignvlm_jax.models.layers import SOWN
 from alignvlm_jax.models.vit import Siglip
 from alignvlm_jax.ops.cross_entropy import TokenLosses
 from alignvlm_jax.shapes import Array, Bool, Float, Int, UInt8, UInt32
@@ -61,7 +62,8 @@ class VLM(nn.Module):
 
         Args:
           batch: tokens, positions, segment_ids; tiles for "pixels"; patch_label_ids and
-            patch_label_weights for "oracle", and for the patch loss. One with neither tiles nor
+            patch_label_weights for "oracle", and for the patch loss; kept_patches where only
+            these have image tokens. One with neither tiles nor
             labels is text alone: it has no image tokens, vision encoder and connector are not
             applied, and I is 0.
           visual_source: "pixels", or "oracle": the average of the text embeddings that the labels
@@ -189,6 +191,11 @@ class VLM(nn.Module):
             no_patches = (len(batch["tokens"]), 0, self.config.vision.num_patches)
             return self.llm.embed(batch["tokens"]), jnp.zeros(no_patches, jnp.float32)
         visual_BMD, patch_nll = self._visual_tokens(batch, visual_source)
+        if "kept_patches" in batch:
+            # The kept ones first, in their order, so that image tokens count them alone.
+            is_kept_BM = batch["kept_patches"].reshape(visual_BMD.shape[:2])
+            order_BM = jnp.argsort(~is_kept_BM, axis=1, stable=True)
+            visual_BMD = jnp.take_along_axis(visual_BMD, order_BM[..., None], axis=1)
         return self._merge(batch["tokens"], visual_BMD), patch_nll
 
     def _visual_tokens(
@@ -243,6 +250,19 @@ def _patch_labels(batch: Mapping[str, Array]) -> PatchLabels:
     )
 
 
+def hidden_states(
+    model: VLM, variables: Mapping[str, Any], batch: Mapping[str, Array]
+) -> Float[Array, "n B T D"]:
+    """Returns the decoder's input, and the output of each of its layers, before the final norm: n
+    is L + 1. The batch is that of `VLM.prefill`."""
+    _, sown = model.apply(variables, batch, "pixels", method="_hidden", mutable=SOWN)
+    llm = sown[SOWN]["llm"]
+    # A module may sow more than once under a name: each is a tuple, here of one array.
+    [input_BTD] = llm["input"]
+    [output_LBTD] = llm["blocks"]["output"]
+    return jnp.concatenate([input_BTD[None], output_LBTD])
+
+
 def abstract_batch(
     model: ModelConfig, data: DataConfig, batch_size: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
@@ -264,6 +284,8 @@ def abstract_batch(
         "patch_label_weights": ((*patches, data.max_patch_labels), np.float32),
         "patch_loss_weights": (patches, np.float32),
     }
+    if data.blank_contrast:
+        shapes["kept_patches"] = (patches, np.bool_)
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
 
 
@@ -320,3 +342,11 @@ def pruning(kept: Bool[Array, "V"]) -> dict[str, Any]:
     entries; only for connectors that give patches a distribution over the vocabulary."""
     collection, name = VOCABULARY_SUBSET
     return {collection: {"connector": {name: kept}}}
+
+
+def keeping(entries: Int[Array, "P k"]) -> dict[str, Any]:
+    """Returns the variables that, beside the parameters, give each patch of a tile the vocabulary
+    entries that its visual token is the average of, in the place of its likeliest; -1 is none. Only
+    for connectors that give patches a distribution over the vocabulary."""
+    collection, name = KEPT_ENTRIES
+    return {collection: {"connector": {name: entries}}}

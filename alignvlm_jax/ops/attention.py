@@ -2,7 +2,9 @@
 sequences by a kernel."""
 
 import functools
+import itertools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,11 @@ Shaped = Array | jax.ShapeDtypeStruct  # a choice of kernel needs no values
 CHUNK_SIZE_MIB = 64.0
 """MiB of float32 logits that XLA's attention may hold on one device; above it, logits are made for
 one chunk of the queries at a time."""
+PARTS = 4
+"""Parts of a sequence whose queries XLA's causal attention lets meet the keys up to their end: with
+4 three eighths of the logits are never made."""
+PART_LENGTH = 64
+"""Tokens of the shortest part; matmuls of fewer rows would cost more than they save."""
 HALF = (jnp.bfloat16, jnp.float16)  # What tensor cores multiply without rounding it.
 
 
@@ -25,7 +32,7 @@ def attention(
     query: Float[Array, "B T H h"],
     key: Float[Array, "B S K h"],
     value: Float[Array, "B S K h"],
-    mask: Bool[Array, "B T S"] | None = None,
+    mask: Bool[Array, "#B T S"] | None = None,
 ) -> Float[Array, "B T H h"]:
     """Returns softmax(query key^T / sqrt(h)) value, softmax in float32; query head i reads key head
     i // (H / K).
@@ -56,23 +63,23 @@ def self_attention(
       segment_ids: a token sees its own segment only, and padding (segment 0) is a segment of its
         own; with None, a sequence is one segment.
       causal: a token sees nothing after itself.
-      kernel: `config.model.attention`. "xla" makes logits [B, H, T, T] where they are at most
-        CHUNK_SIZE_MIB on a device, else those of one chunk of queries at a time. "splash" is the
-        Pallas kernel for TPU (interpreted on CPU, for tests), "cudnn" the kernel of NVIDIA's
-        library, from Ampere on; neither stores logits, but cuDNN takes segments as a bias [B, 1, T,
-        T]. "triton" is the Pallas kernel for NVIDIA GPUs, which takes them as they are (interpreted
-        on CPU, too); without segments it means "auto". "auto" takes the kernel that the devices of
-        the mesh have, and "xla" where cuDNN refuses these arrays. Without a mesh every choice means
-        "xla": there only shapes are asked for, maybe on another machine. "plain", which no config
-        may choose, makes all logits [B, H, T, T] at once, so that `plan.flops` can count them.
+      kernel: `config.model.attention`. "xla" makes logits [B, H, T, T], where causal in PARTS
+        without most of those that are masked, if they are at most CHUNK_SIZE_MIB on a device, else
+        those of one chunk of queries at a time. "splash" is the Pallas kernel for TPU (interpreted
+        on CPU, for tests), "cudnn" the kernel of NVIDIA's library, from Ampere on; neither stores
+        logits, but cuDNN takes segments as a bias [B, 1, T, T]. "triton" is the Pallas kernel for
+        NVIDIA GPUs, which takes them as they are (interpreted on CPU, too); without segments it
+        means "auto". "auto" takes the kernel that the devices of the mesh have, and "xla" where
+        cuDNN refuses these arrays. Without a mesh every choice means "xla": there only shapes are
+        asked for, maybe on another machine. "plain", which no config may choose, makes all logits
+        [B, H, T, T] at once, so that `plan.flops` can count them.
 
     Raises:
       UserError: the mesh has no such kernel, or the kernel does not take these sizes.
     """
     kernel = _resolve(kernel, query, segment_ids)
-    # The output has a name for remat policies; splash and `_on_cpu` give it themselves, to what
-    # their backward passes need.
-    named = functools.partial(checkpoint_name, name="attention")
+    # Whatever computes the output names it for remat policies: splash and `_on_cpu` what their
+    # backward passes need of it.
     if kernel == "splash":
         return splash_attention(
             query, key, value, segment_ids, causal=causal, interpret=mesh_platform() == "cpu"
@@ -81,90 +88,133 @@ def self_attention(
         return triton_attention(
             query, key, value, segment_ids, causal=causal, interpret=mesh_platform() == "cpu"
         )
-    if kernel == "cudnn":
-        # cuDNN's kernel knows no segments: they come in as a bias [B, 1, T, T]. The causal mask
-        # stays out of it, since the kernel knows that one and skips the upper triangle.
-        mask = None if segment_ids is None else same_segment(segment_ids)[:, None]
-        return named(
-            jax.nn.dot_product_attention(
-                query, key, value, mask=mask, is_causal=causal, implementation="cudnn"
-            )
-        )
-    if kernel != "plain" and (chunk := _queries_per_chunk(*query.shape[:3])):
-        return named(_chunked(query, key, value, segment_ids, causal, chunk))
-    on_cpu = kernel != "plain" and mesh_platform() == "cpu"
-    if segment_ids is not None:
-        mask = causal_mask(segment_ids) if causal else same_segment(segment_ids)
-        if on_cpu:
-            return _on_cpu(query, key, value, mask)
-        return named(attention(query, key, value, mask))
-    # Without segments no mask [B, T, T] need be made.
-    if on_cpu:
-        tri = jnp.tri(query.shape[1], dtype=bool)[None]
-        return _on_cpu(query, key, value, tri if causal else None)
-    return named(jax.nn.dot_product_attention(query, key, value, is_causal=causal))
-
-
-def _queries_per_chunk(batch: int, length: int, heads: int) -> int | None:
-    """Returns how many queries of each sequence have CHUNK_SIZE_MIB of logits on a device; None
-    where the logits of all queries fit."""
-    # Sizes on one device; the ceiling is what the partitioner pads an uneven axis to.
-    rows, heads = (
-        math.ceil(n / num_shards(axis)) for n, axis in ((batch, "act_batch"), (heads, "act_heads"))
+    if kernel == "xla":
+        return _by_xla(query, key, value, segment_ids, causal)
+    # cuDNN's kernel knows no segments: they come in as a bias [B, 1, T, T]. The causal mask stays
+    # out of it, since the kernel knows that one and skips the upper triangle.
+    mask = None if segment_ids is None else same_segment(segment_ids, segment_ids)[:, None]
+    implementation = "cudnn" if kernel == "cudnn" else "xla"
+    mixed = jax.nn.dot_product_attention(
+        query, key, value, mask=mask, is_causal=causal, implementation=implementation
     )
-    # A query has rows x heads x length logits of 4 bytes.
-    fits = int(CHUNK_SIZE_MIB * 2**20 / (4 * rows * heads * length))
-    return None if length <= fits else max(fits, 1)
+    return checkpoint_name(mixed, "attention")
 
 
-def _chunked(
+def _by_xla(
     query: Float[Array, "B T H h"],
     key: Float[Array, "B T K h"],
     value: Float[Array, "B T K h"],
     segment_ids: Int[Array, "B T"] | None,
     causal: bool,
-    chunk: int,
 ) -> Float[Array, "B T H h"]:
-    """Returns `attention` under the mask of the segments, computed for `chunk` queries at a time.
+    """Returns `attention` under the mask of the segments, part after part of the queries.
 
-    A query meets all keys at once, so its softmax is exact and needs no running maximum. The
-    backward pass computes the logits of a chunk again. Chunks are cut along T alone: batch and
-    heads stay sharded as they are.
+    A query meets all keys that it may see at once, so its softmax is exact and needs no running
+    maximum. Parts and chunks are cut along T alone: batch and heads stay sharded as they are.
     """
     length = query.shape[1]
-    count = math.ceil(length / chunk)
-    index_T = jnp.arange(length)
+    count = max(1, min(PARTS, length // PART_LENGTH)) if causal else 1
+    bounds = [math.ceil(length * i / count) for i in range(count + 1)]
+    # What stands after a part is seen by none of its queries.
+    parts = [(start, end, end if causal else length) for start, end in itertools.pairwise(bounds)]
+    fitting = _fitting_logits(query.shape[0], query.shape[2])
+    is_whole = sum((end - start) * num_keys for start, end, num_keys in parts) <= fitting
 
-    def split(x: Array, mode: str) -> Array:
-        """Returns [B, T, ...] as [chunks, B, chunk, ...], T padded by `mode`."""
-        x = jnp.pad(x, ((0, 0), (0, count * chunk - length), *((0, 0),) * (x.ndim - 2)), mode=mode)
-        return x.reshape(x.shape[0], count, chunk, *x.shape[2:]).swapaxes(0, 1)
+    def cut(ids: Int[Array, "B T"] | None, *span: int) -> Int[Array, "B n"] | None:
+        return None if ids is None else ids[:, slice(*span)]
+
+    mixed = []
+    for start, end, num_keys in parts:
+        keys = _Keys(key[:, :num_keys], value[:, :num_keys], cut(segment_ids, num_keys), causal)
+        chunk = _queries_per_chunk(end - start, num_keys, fitting)
+        mix = keys.mix if is_whole else functools.partial(_chunked, keys, chunk)
+        index = jnp.arange(start, end)[None]
+        mixed.append(mix(query[:, start:end], index, cut(segment_ids, start, end)))
+    return mixed[0] if len(mixed) == 1 else jnp.concatenate(mixed, axis=1)
+
+
+class _Keys(NamedTuple):
+    """The keys and values, of the first S tokens of a sequence, that some queries meet.
+
+    Causal, in one part, the segments [1 1 2 2] have the mask   1 0 0 0
+                                                                1 1 0 0
+                                                                0 0 1 0
+                                                                0 0 1 1
+    Image tokens are like any other: they see what stands before them and are seen by what
+    follows. Padding (segment 0) is a segment of its own, so that no row of the mask is empty and
+    its softmax stays finite.
+    """
+
+    key: Float[Array, "B S K h"]
+    value: Float[Array, "B S K h"]
+    segment_ids: Int[Array, "B S"] | None
+    causal: bool
 
     def mix(
-        one: tuple[
-            Float[Array, "B chunk H h"], Int[Array, "1 chunk"], Int[Array, "B chunk"] | None
-        ],
-    ) -> Float[Array, "B chunk H h"]:
-        query, index, ids = one
-        seen = [] if ids is None else [ids[:, :, None] == segment_ids[:, None, :]]
-        if causal:
-            # [1, chunk, T] is the same for all sequences.
-            seen.append(jnp.broadcast_to(index[:, :, None] >= index_T, (len(query), chunk, length)))
-        attend = _on_cpu if mesh_platform() == "cpu" else attention
-        return attend(query, key, value, functools.reduce(jnp.logical_and, seen) if seen else None)
+        self,
+        query: Float[Array, "B n H h"],
+        index: Int[Array, "1 n"],
+        segment_ids: Int[Array, "B n"] | None,
+    ) -> Float[Array, "B n H h"]:
+        """Returns the attention of queries at these places of the sequence, in these segments."""
+        masks = []
+        if segment_ids is not None:
+            masks.append(same_segment(segment_ids, self.segment_ids))
+        if self.causal:
+            # [1, n, S] is the same for all sequences.
+            masks.append(index[:, :, None] >= jnp.arange(self.key.shape[1]))
+        mask = functools.reduce(jnp.logical_and, masks) if masks else None
+        if mesh_platform() == "cpu":
+            return _on_cpu(query, self.key, self.value, mask)
+        return checkpoint_name(attention(query, self.key, self.value, mask), "attention")
+
+
+def _fitting_logits(batch: int, heads: int) -> int:
+    """Returns how many logits of each row and head have CHUNK_SIZE_MIB on a device."""
+    # Sizes on one device; the ceiling is what the partitioner pads an uneven axis to.
+    rows, heads = (
+        math.ceil(n / num_shards(axis)) for n, axis in ((batch, "act_batch"), (heads, "act_heads"))
+    )
+    return int(CHUNK_SIZE_MIB * 2**20 / (4 * rows * heads))
+
+
+def _queries_per_chunk(num_queries: int, num_keys: int, fitting: int) -> int:
+    """Returns how many queries have at most `fitting` logits, in chunks of nearly equal size: those
+    that pad the last one cost as much as others."""
+    most = max(1, fitting // num_keys)
+    return math.ceil(num_queries / math.ceil(num_queries / most))
+
+
+def _chunked(
+    keys: _Keys,
+    chunk: int,
+    query: Float[Array, "B n H h"],
+    index: Int[Array, "1 n"],
+    segment_ids: Int[Array, "B n"] | None,
+) -> Float[Array, "B n H h"]:
+    """Returns `keys.mix`, computed for `chunk` queries at a time; the backward pass computes the
+    logits of a chunk again."""
+    length = query.shape[1]
+    count = math.ceil(length / chunk)
+
+    def split(x: Array, mode: str) -> Array:
+        """Returns [B, n, ...] as [chunks, B, chunk, ...], n padded by `mode`."""
+        x = jnp.pad(x, ((0, 0), (0, count * chunk - length), *((0, 0),) * (x.ndim - 2)), mode=mode)
+        return x.reshape(x.shape[0], count, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     # Queries that pad the last chunk take index and segment of the last real query, so that each
     # sees a key; what they yield is cut off below.
     parts = (
         split(query, "constant"),
-        split(index_T[None], "edge"),
+        split(index, "edge"),
         None if segment_ids is None else split(segment_ids, "edge"),
     )
     # Without the checkpoint, the scan would save the logits of every chunk for the backward pass:
-    # [B, H, T, T] after all.
-    mixed = jax.lax.map(jax.checkpoint(mix, prevent_cse=False), parts)
-    # [chunks, B, chunk, H, h] -> [B, chunks, chunk, H, h] -> [B, T, H, h]
-    return mixed.swapaxes(0, 1).reshape(query.shape[0], count * chunk, *query.shape[2:])[:, :length]
+    # [B, H, n, S] after all.
+    mixed = jax.lax.map(jax.checkpoint(lambda part: keys.mix(*part), prevent_cse=False), parts)
+    # [chunks, B, chunk, H, h] -> [B, chunks, chunk, H, h] -> [B, n, H, h]
+    mixed = mixed.swapaxes(0, 1).reshape(query.shape[0], count * chunk, *query.shape[2:])
+    return checkpoint_name(mixed[:, :length], "attention")
 
 
 # XLA compiles a matmul for CPU as [n, summed] x [summed, columns], and copies an operand that lies
@@ -308,21 +358,6 @@ def _refused_by_cudnn(query: Shaped) -> str:
     return ""
 
 
-def same_segment(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Returns which pairs of tokens belong to the same segment."""
-    return segment_ids[:, :, None] == segment_ids[:, None, :]
-
-
-def causal_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Returns the causal mask of packed sequences: a token sees itself and what stands before it in
-    its own segment.
-
-    segment_ids [1 1 2 2] gives   1 0 0 0
-                                  1 1 0 0
-                                  0 0 1 0
-                                  0 0 1 1
-    Image tokens are like any other: they see what stands before them and are seen by what
-    follows. Padding (segment 0) is a segment of its own, so that no row of the mask is empty and
-    its softmax stays finite.
-    """
-    return same_segment(segment_ids) & jnp.tri(segment_ids.shape[1], dtype=bool)
+def same_segment(query_ids: Int[Array, "B n"], key_ids: Int[Array, "B S"]) -> Bool[Array, "B n S"]:
+    """Returns which queries and keys are tokens of the same segment, by their segment ids."""
+    return query_ids[:, :, None] == key_ids[:, None, :]

@@ -28,6 +28,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from alignvlm_jax.ops.entries import Kept, linear_weights, num_entries_of, pick_labels
 from alignvlm_jax.ops.vocab_shards import (
     Axes,
     Columns,
@@ -91,6 +92,7 @@ def vocab_softmax(
     label_ids: Int[Array, "n k"],
     has_weight: Bool[Array, "v"],
     options: Options,
+    kept_ids: Int[Array, "n kept"] | None = None,
 ) -> Outputs:
     """Returns the softmax's outputs for each row, in chunks of columns, on the mesh entered.
 
@@ -100,14 +102,17 @@ def vocab_softmax(
         that is no entry it is 0.
       has_weight: entries that may have weight; the softmax is over them alone.
       options: see there.
+      kept_ids: entries that alone have weight in a row's average, in the place of the likeliest; -1
+        is none.
     """
     num_rows = inputs.x.shape[0]
     # Rows of zeros fill up the shards. What becomes of them is cut off, so no gradient comes back.
     filled = -num_rows % num_shards("act_batch")
-    x = jnp.pad(inputs.x, ((0, filled), (0, 0)))
-    label_ids = jnp.pad(label_ids, ((0, filled), (0, 0)))
+    x, label_ids, kept_ids = jax.tree.map(
+        lambda array: jnp.pad(array, ((0, filled), (0, 0))), (inputs.x, label_ids, kept_ids)
+    )
     mask = jnp.where(has_weight, 0.0, -jnp.inf)
-    outputs = _softmax(options, inputs._replace(x=x), label_ids, mask)
+    outputs = _softmax(options, inputs._replace(x=x), label_ids, mask, kept_ids)
     return jax.tree.map(lambda row: row[:num_rows], outputs)
 
 
@@ -116,6 +121,7 @@ class _Saved(NamedTuple):
 
     average: Float[Array, "n out_width"] | None
     log_sum_exp: Float[Array, "n"]
+    kept: Kept | None
     statistics: Statistics | None
 
 
@@ -129,24 +135,22 @@ class _Wanted:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _softmax(
-    options: Options, inputs: Inputs, label_ids: Int[Array, "n k"], mask: Float[Array, "v"]
-) -> Outputs:
-    return _run_forward(options, inputs, label_ids, mask)[0]
+def _softmax(options: Options, *arguments: Any) -> Outputs:
+    return _run_forward(options, *arguments)[0]
 
 
-def _softmax_forward(options: Options, inputs: Any, label_ids: Any, mask: Any) -> tuple:
+def _softmax_forward(options: Options, inputs: Any, *others: Any) -> tuple:
     # With symbolic zeros each array comes with whether it is differentiated.
     wanted = _Wanted(
         head=inputs.head.perturbed, table=inputs.table is not None and inputs.table.perturbed
     )
-    inputs, label_ids, mask = jax.tree.map(
+    arguments = jax.tree.map(
         lambda primal: primal.value,
-        (inputs, label_ids, mask),
+        (inputs, *others),
         is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal),
     )
-    outputs, saved = _run_forward(options, inputs, label_ids, mask)
-    return outputs, (inputs, label_ids, mask, saved, wanted)
+    outputs, saved = _run_forward(options, *arguments)
+    return outputs, (*arguments[:3], saved, wanted)
 
 
 def _softmax_backward(options: Options, residuals: tuple, douts: Any) -> tuple:
@@ -162,9 +166,9 @@ def _softmax_backward(options: Options, residuals: tuple, douts: Any) -> tuple:
     )
     fn = functools.partial(_backward, options, axes, wanted)
     arguments, outputs = _specs(axes, options)
-    run = on_shards(fn, (*arguments, *reversed(outputs)), arguments[0])
+    run = on_shards(fn, (*arguments[:3], *reversed(outputs)), arguments[0])
     dinputs = run(inputs, label_ids, mask, saved, douts)
-    return dinputs, None, None
+    return dinputs, None, None, None
 
 
 _softmax.defvjp(_softmax_forward, _softmax_backward, symbolic_zeros=True)
@@ -180,8 +184,8 @@ def _run_forward(options: Options, *arguments: Any) -> tuple[Outputs, _Saved]:
 def _specs(axes: Axes, options: Options) -> tuple[tuple, tuple]:
     """Returns the specs of `_forward`'s arguments and of its outputs."""
     rows = PartitionSpec(axes.rows)
-    arguments = axes.of_inputs(options), rows, PartitionSpec(axes.vocab)
-    return arguments, (rows, _Saved(rows, rows, PartitionSpec()))
+    arguments = axes.of_inputs(options), rows, PartitionSpec(axes.vocab), rows
+    return arguments, (rows, _Saved(rows, rows, rows, PartitionSpec()))
 
 
 def _forward(
@@ -190,16 +194,22 @@ def _forward(
     inputs: Inputs,
     label_ids: Int[Array, "n k"],
     mask: Float[Array, "v"],
+    kept_ids: Int[Array, "n kept"] | None,
 ) -> tuple[Outputs, _Saved]:
     """Returns the outputs of a device's rows, and what its backward pass needs."""
     columns = Columns.of(inputs, mask, axes, options)
+    is_given = kept_ids is not None
+    kept = None
+    if inputs.table is not None and (options.top_k or is_given):
+        kept = Kept.start(len(inputs.x), options.top_k, kept_ids)
+        columns, table = columns.without_table()
     statistics = None if inputs.scale is None else Statistics.of(columns, axes, options)
     rows = Rows.of(inputs.x, statistics, options.eps)
     num_rows = inputs.x.shape[0]
-    num_entries = _num_entries(mask, axes)
+    num_entries = num_entries_of(mask, axes.vocab)
 
     def step(carry: tuple, index: Int[Array, ""]) -> tuple[tuple, None]:
-        largest_N, total_N, sums_ND, picked_Nk = carry
+        largest_N, total_N, sums_ND, picked_Nk, kept = carry
         chunk = columns.take(index)
         _, unmasked_Nc = rows.logits(chunk, options.head_letters)
         logits_Nc = unmasked_Nc + chunk.mask
@@ -219,13 +229,16 @@ def _forward(
                 preferred_element_type=jnp.float32,
             )
         picked_Nk += pick_labels(unmasked_Nc, label_ids, chunk.ids)
-        return (new_N, total_N, sums_ND, picked_Nk), None
+        if kept is not None:
+            kept = kept.with_columns(logits_Nc, chunk.ids, is_given)
+        return (new_N, total_N, sums_ND, picked_Nk, kept), None
 
     zeros_N = jnp.zeros(num_rows)
-    sums_ND = None if inputs.table is None else jnp.zeros((num_rows, columns.whole.table.shape[1]))
-    carry = zeros_N + LOWEST, zeros_N, sums_ND, jnp.zeros(label_ids.shape)
+    summed = columns.whole.table
+    sums_ND = None if summed is None else jnp.zeros((num_rows, summed.shape[1]))
+    carry = zeros_N + LOWEST, zeros_N, sums_ND, jnp.zeros(label_ids.shape), kept
     carry, _ = jax.lax.scan(step, carry, jnp.arange(columns.number))
-    largest_here_N, total_N, sums_ND, picked_Nk = carry
+    largest_here_N, total_N, sums_ND, picked_Nk, kept = carry
 
     # Each shard of the vocabulary has summed by its own maximum.
     largest_N = jax.lax.pmax(largest_here_N, axes.vocab) if axes.vocab else largest_here_N
@@ -236,8 +249,11 @@ def _forward(
     if sums_ND is not None:
         factor_N = jnp.ones_like(total_N) if options.linear else shrink_N / total_N
         average_ND = psum(sums_ND * factor_N[:, None], axes.vocab).astype(rows.x.dtype)
+    if kept is not None:
+        kept = kept.of_all_shards(axes.vocab, is_given, total_N)
+        average_ND = psum(kept.average(table, columns.first), axes.vocab).astype(rows.x.dtype)
     outputs = Outputs(average_ND, psum(picked_Nk, axes.vocab), log_sum_exp_N, largest_N)
-    return outputs, _Saved(average_ND, log_sum_exp_N, statistics)
+    return outputs, _Saved(average_ND, log_sum_exp_N, kept, statistics)
 
 
 def _backward(
@@ -255,10 +271,20 @@ def _backward(
     rows = Rows.of(inputs.x, saved.statistics, options.eps)
     dtype = inputs.x.dtype
     letters = options.head_letters
-    num_entries = _num_entries(mask, axes)
+    num_entries = num_entries_of(mask, axes.vocab)
+    dlabel_logits_Nk = douts.label_logits
+    dtable = None
+    if saved.kept is not None:
+        columns, table = columns.without_table()
+        dkept, dtable = saved.kept.gradients(
+            table, columns.first, douts.average, axes.vocab, wanted.table
+        )
+        # To the logits of what is kept gradients come as to those of labels.
+        label_ids = jnp.concatenate([label_ids, saved.kept.ids], axis=1)
+        dlabel_logits_Nk = jnp.concatenate([dlabel_logits_Nk, dkept], axis=1)
     # The softmax's own backward pass needs sum_V P dP, which is the row's average times dout.
     slope_N = douts.log_sum_exp
-    if inputs.table is not None and not options.linear:
+    if columns.whole.table is not None and not options.linear:
         slope_N = slope_N - (
             douts.average.astype(jnp.float32) * saved.average.astype(jnp.float32)
         ).sum(-1)
@@ -291,7 +317,7 @@ def _backward(
                 dtable = scatter(dtable, axes.table_embed, 1)
         for j in range(label_ids.shape[1]):
             is_label_Nc = label_ids[:, j, None] == chunk.ids
-            dlogits_Nc += jnp.where(is_label_Nc, douts.label_logits[:, j, None], 0.0)
+            dlogits_Nc += jnp.where(is_label_Nc, dlabel_logits_Nk[:, j, None], 0.0)
 
         dscale = None
         dbias = None
@@ -314,11 +340,15 @@ def _backward(
     carry = jnp.zeros(inputs.x.shape), zeros_N, zeros_N
     carry, parts = jax.lax.scan(step, carry, jnp.arange(columns.number))
     dx_ND, sum_N, sum_normed_N = (psum(x, axes.vocab) for x in carry)
-    dhead, dtable, dscale, dbias = parts
+    dhead, dtable_parts, dscale, dbias = parts
     if dhead is not None:
         dhead = psum(columns.joined(dhead, letters.index("V")), without(axes.rows, axes.head_embed))
+    if saved.kept is not None and dtable is not None:
+        dtable = scatter(dtable, axes.table_embed, 1)
+    elif dtable_parts is not None:
+        dtable = columns.joined(dtable_parts, 0)
     if dtable is not None:
-        dtable = psum(columns.joined(dtable, 0), without(axes.rows, axes.table_embed))
+        dtable = psum(dtable, without(axes.rows, axes.table_embed))
     if inputs.scale is not None:
         dscale, dbias = (psum(columns.joined(x, 0), axes.rows) for x in (dscale, dbias))
         dx_ND, dhead = through_statistics(
@@ -338,29 +368,3 @@ def _stored(x: Float[Array, "n c"], dtype: DTypeLike) -> Float[Array, "n c"]:
     """Returns x in the dtype, made before what uses it. Without the barrier the TPU's compiler
     makes it anew for every tile of each matmul that reads it, which took twice as long."""
     return jax.lax.optimization_barrier(x.astype(dtype))
-
-
-def linear_weights(
-    logits: Float[Array, "n c"], num_entries: Float[Array, ""]
-) -> Float[Array, "n c"]:
-    """Returns linear weights: of any sign, 0 for masked logits, which are exactly -inf. A NaN is
-    none of them: it should reach the loss."""
-    return jnp.where(logits != -jnp.inf, logits, 0.0) / jnp.sqrt(num_entries)
-
-
-def _num_entries(mask: Float[Array, "v"], axes: Axes) -> Float[Array, ""]:
-    """Returns the number of entries of the whole vocabulary that may have weight."""
-    return psum((mask == 0).sum(), axes.vocab).astype(jnp.float32)
-
-
-def pick_labels(
-    logits: Float[Array, "n c"], label_ids: Int[Array, "n k"], ids: Int[Array, "c"]
-) -> Float[Array, "n k"]:
-    """Returns the logits of labels that are among these columns, whose entries are `ids`; 0 of the
-    others."""
-    # One label at a time: for all k together, the mask would be [n, k, c].
-    picked = [
-        jnp.where(label_ids[:, j, None] == ids, logits, 0.0).sum(-1)
-        for j in range(label_ids.shape[1])
-    ]
-    return jnp.stack(picked, axis=-1) if picked else jnp.zeros(label_ids.shape)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from alignvlm_jax.ops import chunked
+from alignvlm_jax.ops import chunked, entries
 from alignvlm_jax.shapes import Array, Bool, Float, Int
 
 
@@ -215,7 +215,7 @@ def sampled_cross_entropy(
         logits_NS = centred_NS * jax.lax.rsqrt(variance_N1 + eps)
         logits_NS = logits_NS * gain_V[sample.ids] + bias_V[sample.ids]
     log_sum_exp_N = jax.nn.logsumexp(logits_NS, axis=-1, b=sample.weights)
-    picked_Nk = chunked.pick_labels(logits_NS, label_ids, sample.ids)
+    picked_Nk = entries.pick_labels(logits_NS, label_ids, sample.ids)
     nll_N = soft_cross_entropy(picked_Nk, log_sum_exp_N, label_weights)
     is_there_Nk = jnp.isin(label_ids, sample.ids) | (label_weights == 0)
     return jnp.where(is_there_Nk.all(-1), nll_N, 0.0)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from alignvlm_jax.ops import chunked
+from alignvlm_jax.ops import chunked, entries
 from alignvlm_jax.ops.cross_entropy import project
 from alignvlm_jax.ops.layer_norm import layer_norm
 from alignvlm_jax.shapes import Array, Bool, Float, Int
@@ -75,6 +75,8 @@ def vocab_average(
     unpadded_vocab_size: int | None = None,
     subset: Bool[Array, "V"] | None = None,
     linear: bool = False,
+    top_k: int = 0,
+    kept_ids: Int[Array, "N kept"] | None = None,
     chunk: int | None = None,
 ) -> VocabAverage:
     """Returns the average of the table's rows for each row of x, in the dtype of x; sums and
@@ -92,6 +94,9 @@ def vocab_average(
       linear: the weights are z / sqrt(V) in the place of P, of any sign, so that the average lies
         in the table's linear span and not in its convex hull. LN gives z variance 1; scaled so,
         averages are about as long as the table's rows.
+      top_k: the average is over the row's likeliest entries, so many, by the softmax over these
+        alone; what is returned of its distribution stays over all. 0: all; not with `linear`.
+      kept_ids: entries of each row that are kept in the place of the likeliest; -1 is none.
       chunk: columns of a shard at a time, see `chunked.columns_per_chunk`; None: the plain form.
     """
     vocab_size = head.shape[1]
@@ -101,6 +106,10 @@ def vocab_average(
         has_weight &= subset
     if label_ids is None:
         label_ids = jnp.zeros((x.shape[0], 0), jnp.int32)
+    keeps_few = table is not None and (top_k > 0 or kept_ids is not None)
+    if keeps_few and chunk is None:
+        # All columns of a shard in one chunk: the partitioner would gather [N, V] for a top-k.
+        chunk = vocab_size
     if chunk is None:
         return _plain(x, head, table, norm, label_ids, num_valid, has_weight, linear)
     scale, bias, eps = norm or (None, None, 0.0)
@@ -108,7 +117,8 @@ def vocab_average(
         chunked.Inputs(x, head, table, scale, bias),
         label_ids,
         has_weight,
-        chunked.Options(chunk, num_valid, eps, linear),
+        chunked.Options(chunk, num_valid, eps, linear, top_k=top_k),
+        kept_ids,
     )
     average_ND = outputs.average
     if average_ND is not None:
@@ -134,12 +144,12 @@ def _plain(
     logits_NV = jnp.where(has_weight, logits_NV, -jnp.inf)
     log_sum_exp_N = jax.nn.logsumexp(logits_NV, axis=-1)
     ids_V = jnp.arange(logits_NV.shape[-1])
-    label_logits_Nk = chunked.pick_labels(logits_NV, label_ids, ids_V)
+    label_logits_Nk = entries.pick_labels(logits_NV, label_ids, ids_V)
     if table is None:
         return VocabAverage(None, label_logits_Nk, log_sum_exp_N)
     if linear:
         num_entries = has_weight.sum().astype(jnp.float32)
-        weights_NV = chunked.linear_weights(logits_NV, num_entries)
+        weights_NV = entries.linear_weights(logits_NV, num_entries)
     else:
         # The softmax, by the sum that the labels' cross-entropy needs anyway.
         weights_NV = jnp.exp(logits_NV - log_sum_exp_N[:, None])

@@ -48,6 +48,7 @@ class Options(NamedTuple):
       eps: LN's.
       linear: weights are z / sqrt(number of entries) in the place of P.
       is_table: the head is [V, D].
+      top_k: entries of a row that have weight in its average, the likeliest; 0: all.
     """
 
     chunk: int
@@ -55,6 +56,7 @@ class Options(NamedTuple):
     eps: float = 0.0
     linear: bool = False
     is_table: bool = False
+    top_k: int = 0
 
     @property
     def head_letters(self) -> str:
@@ -173,6 +175,16 @@ class Columns(NamedTuple):
         ids = first + jnp.arange(mask.size)
         whole = Chunk(head, table, inputs.scale, inputs.bias, mask, ids)
         return cls(whole, min(options.chunk, mask.size), options.is_table)
+
+    def without_table(self) -> "tuple[Columns, Float[Array, 'v out_width']]":
+        """Returns the columns without their rows of E, and these."""
+        whole = self.whole._replace(table=None)
+        return self._replace(whole=whole), self.whole.table
+
+    @property
+    def first(self) -> Int[Array, ""]:
+        """Entry of the shard's first column."""
+        return self.whole.ids[0]
 
     @property
     def number(self) -> int:

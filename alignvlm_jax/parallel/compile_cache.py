@@ -22,15 +22,20 @@ the programs of a small run."""
 
 
 @contextlib.contextmanager
-def kept_in(workdir: Path) -> Iterator[None]:
+def kept_in(workdir: Path | None) -> Iterator[None]:
     """A context in which compiled programs are read from and kept in `workdir`/compiled, which may
-    be in a bucket.
+    be in a bucket; without a workdir nowhere, unless the environment says so.
 
     JAX_COMPILATION_CACHE_DIR names another place, and JAX_ENABLE_COMPILATION_CACHE=0 switches the
     cache off. Of several processes the first one writes, and all read. There is no cache in a
-    workdir that cannot be written.
+    workdir that cannot be written, and none of several CPU devices, whatever the environment says.
     """
-    if jax.config.jax_compilation_cache_dir is not None or not _is_writable(workdir):
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        with _off():
+            yield
+        return
+    is_named = jax.config.jax_compilation_cache_dir is not None
+    if is_named or workdir is None or not _is_writable(workdir):
         yield
         return
     least = jax.config.jax_persistent_cache_min_compile_time_secs
@@ -46,6 +51,27 @@ def kept_in(workdir: Path) -> Iterator[None]:
         yield
     finally:
         _use(None, least)
+
+
+@contextlib.contextmanager
+def _off() -> Iterator[None]:
+    """A context without a cache.
+
+    XLA compiles a program for several CPU devices so that each takes part in one collective after
+    another. Read back from a file (jaxlib 0.10.2) it starts them side by side, until every thread
+    waits in another one than its peers: after 40 s XLA aborts the process.
+    """
+    was_on = jax.config.jax_enable_compilation_cache
+    _switch(False)
+    try:
+        yield
+    finally:
+        _switch(was_on)
+
+
+def _switch(is_on: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", is_on)
+    compilation_cache.reset_cache()  # See `_use`.
 
 
 def _use(folder: str | None, least_seconds: float) -> None:

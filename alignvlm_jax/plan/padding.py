@@ -40,8 +40,11 @@ class Used(NamedTuple):
 def used(data: DataConfig, model: ModelConfig, tokens_per_tile: int) -> Used | None:
     """Returns what is used of the sequences of a stage's first epoch, planned as training does by
     the indexes of its folders on this machine; None where one is not there, no records of the
-    stage are in them, or no index counts its tiles. `tokens_per_tile` is that of
-    training sequences."""
+    stage are in them, or no index counts its tiles, or its image tokens. `tokens_per_tile` is that
+    of training sequences."""
+    # How many patches are blank is known of pixels alone; letters of answers are not counted.
+    if data.blank_contrast or data.answer_unit == "letter":
+        return None
     # Elsewhere every folder may be in a bucket: a plan asks no network.
     if any(filesystem.is_remote(folder) or not os.path.isdir(folder) for folder in data.folders):
         return None
@@ -59,7 +62,9 @@ def used(data: DataConfig, model: ModelConfig, tokens_per_tile: int) -> Used | N
     except UserError:
         return None
     epoch = mixture.epoch(0, 0)
-    num_sequences = epoch.end if data.packing == "offline" else len(epoch.records)
+    num_sequences = epoch.end
+    if data.packing == "none":
+        num_sequences = math.ceil(len(epoch.records) / data.records_per_sequence)
     return Used(
         float(epoch.tokens.sum() / (num_sequences * data.seq_len)),
         mixture.count_tiles(epoch.records) / (num_sequences * data.max_tiles),

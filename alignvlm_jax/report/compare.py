@@ -20,14 +20,14 @@ import numpy as np
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
-from alignvlm_jax.analysis import noise, vocabulary
+from alignvlm_jax.analysis import base, noise, separation, vocabulary
 from alignvlm_jax.benchmarks import scores, summary
 from alignvlm_jax.benchmarks.runner import Runner
 from alignvlm_jax.config import Config, DataConfig, EvalConfig
 from alignvlm_jax.data import prepared
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading, patch_tokens
-from alignvlm_jax.models import vlm
+from alignvlm_jax.models import connectors, vlm
 from alignvlm_jax.report import contents
 from alignvlm_jax.train import checkpoint, metrics, restore, workdir
 
@@ -39,7 +39,8 @@ RELATIVE_SIGMAS = (0.5, 1.0, 1.5, 2.0)
 NUM_PAGES = 32
 """Number of pages whose visual tokens are compared with and without noise.
 
-The same number of pages chooses the vocabulary entries that are kept.
+The same number of pages chooses the vocabulary entries that are kept, and shows the letters whose
+visual tokens are compared.
 """
 
 REACHED = 0.5
@@ -153,7 +154,8 @@ def measure(run: Path) -> None:
 
     The run is evaluated on its splits, with pages and with blank ones, and with noise on the vision
     features. If its patches have a distribution over the vocabulary, it is also evaluated with
-    fewer vocabulary entries. Predictions that exist are not made again.
+    fewer vocabulary entries; if they have a visual token each, those of equal and of different
+    letters are compared. Predictions that exist are not made again.
     """
     loaded = loading.load(run, loading.load_config(run))
     config = loaded.config
@@ -168,8 +170,13 @@ def measure(run: Path) -> None:
     analyses = {
         "noise": noise.measure_features(loaded, splits[0], (), RELATIVE_SIGMAS, NUM_PAGES, seed=0)
     }
+    pages = config.data.validation_split
+    # Pages whose words are not known show no letters.
+    if connectors.get(config.model.connector.name).has_patch_tokens() and separation.tells_letters(
+        separation.letters_of(loaded, base.pages(loaded, pages, NUM_PAGES))
+    ):
+        analyses["separation"] = separation.measure(loaded, pages, NUM_PAGES, seed=0)
     if patch_tokens.has_patch_distribution(config.model):
-        pages = config.data.validation_split
         # The probability of an entry in an even distribution. In any other one some entries have
         # more and some less, whatever the vocabulary's size.
         threshold = 1 / config.model.llm.unpadded_vocab_size
@@ -224,6 +231,28 @@ def with_baseline(tables: Tables, name: str) -> dict[str, list[Row]]:
     }
 
 
+def settings(tables: Tables) -> dict[str, dict[str, Row]]:
+    """Returns the rows of each table by name, for tables that are settings of one comparison.
+
+    They are if several rows of the first stand in all others, too; else there are none. Numbers in
+    the names of tables are sorted as numbers.
+    """
+    named = {table: {row.name: row for row in rows} for table, rows in tables.items()}
+    common = set.intersection(*map(set, named.values()))
+    if len(tables) < 2 or len(common) < 2:
+        return {}
+    order = sorted(named, key=lambda name: [*map(_number, re.split(r"(\d+)", name))])
+    # In the order of the first table's scores: the same columns in all.
+    return {
+        table: {name: named[table][name] for name in named[order[0]] if name in common}
+        for table in order
+    }
+
+
+def _number(text: str) -> tuple[int, str]:
+    return (int(text), "") if text.isdecimal() else (0, text)
+
+
 def _sorted(rows: Iterable[Row]) -> list[Row]:
     """Returns rows by their mean ANLS, best first."""
     return sorted(rows, key=lambda row: -row.values("anls").mean())
@@ -243,6 +272,7 @@ def _way(run: Path) -> dict[str, Any]:
         "splits": list(found.eval.splits),
         "data": prepared.fingerprint(found.data.dir),
         "scorer_version": scores.SCORER_VERSION,
+        "analyses": ["noise", "separation", "vocabulary"],
     }
 
 

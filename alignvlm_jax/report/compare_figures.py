@@ -15,7 +15,7 @@ from alignvlm_jax import storage
 from alignvlm_jax.analysis import noise as noise_lib
 from alignvlm_jax.pictures import html, plotting
 from alignvlm_jax.report import compare_tables
-from alignvlm_jax.report.compare import REACHED, Row, Tables
+from alignvlm_jax.report.compare import REACHED, Row, Tables, settings
 
 BAR, BLANK = plotting.COLORS[:2]
 DOT = "#12345a"
@@ -50,6 +50,39 @@ def noise(rows: Sequence[Row]) -> bytes:
     return noise_lib.FEATURES.curves(
         {row.name.replace("_", " "): _mean(row.analysis("noise")) for row in rows}
     )
+
+
+def overview(found: Mapping[str, Mapping[str, Row]]) -> bytes:
+    """Returns a PNG of the ANLS of the rows of every setting, without noise and with it: the mean
+    over seeds, and a line from the least to the most."""
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, len(compare_tables.SIGMAS), sharey=True)
+        for axes, sigma in zip(panels, compare_tables.SIGMAS, strict=True):
+            _draw_settings(axes, found, sigma)
+        panels[0].set_ylabel("ANLS")
+        panels[0].legend(fontsize=8.5)
+
+    return plotting.png((6.2 * len(compare_tables.SIGMAS), 4.2), draw)
+
+
+def _draw_settings(axes: Axes, found: Mapping[str, Mapping[str, Row]], sigma: float) -> None:
+    names = list(next(iter(found.values())))
+    for number, name in enumerate(names):
+        values = [compare_tables.anls(rows[name], sigma) for rows in found.values()]
+        # Beside each other within a setting: as points of one place they would hide each other.
+        places = np.arange(len(found)) + 0.16 * (number - (len(names) - 1) / 2)
+        # From the least to the most, as in the tables: three seeds have no deviation to speak of.
+        color = plotting.color(number)
+        lows, highs = zip(*((one.min(), one.max()) for one in values), strict=True)
+        axes.vlines(places, lows, highs, color=color, linewidth=1.4)
+        means = [one.mean() for one in values]
+        axes.scatter(places, means, s=26, color=color, zorder=3, label=name.replace("_", " "))
+    titles = [name.replace("_", "\n") for name in found]
+    axes.set_xticks(range(len(found)), titles, fontsize=8.5)
+    axes.set_title(f"Noise of {sigma:g} standard deviations" if sigma else "Without noise")
+    axes.set_ylim(0, 1)
+    axes.grid(axis="y")
 
 
 def _draw_scores(axes: Axes, rows: Sequence[Row]) -> None:
@@ -131,11 +164,17 @@ FILE = "report.html"
 
 
 def build(tables: Tables, folder: Path) -> Path:
-    """Writes report.html and the figures TABLE_{scores,learning,noise}.png in `folder`.
+    """Writes report.html and the figures TABLE_{scores,learning,noise}.png in `folder`, and
+    overview.png if the tables are settings of one comparison.
 
     Returns:
       The path of the page.
     """
+    first = None
+    if found := settings(tables):
+        picture = overview(found)
+        storage.write_whole(folder / "overview.png", picture)
+        first = {"grids": compare_tables.overview(tables), "picture": html.png_uri(picture)}
     parts = []
     for (name, grids), rows in zip(
         compare_tables.grids(tables).items(), tables.values(), strict=True
@@ -150,5 +189,7 @@ def build(tables: Tables, folder: Path) -> Path:
         uris = {kind: html.png_uri(picture) for kind, picture in pictures.items()}
         parts.append({"grids": grids, "pictures": uris})
     path = folder / FILE
-    storage.write_whole(path, html.render("comparison.html", parts=parts, folder=folder))
+    storage.write_whole(
+        path, html.render("comparison.html", overview=first, parts=parts, folder=folder)
+    )
     return path

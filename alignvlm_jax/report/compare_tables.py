@@ -9,10 +9,11 @@ import numpy as np
 
 from alignvlm_jax import storage
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.report.compare import REACHED, Row, Tables
+from alignvlm_jax.report.compare import REACHED, Row, Tables, settings
 
-BEGIN = "<!-- make compare -->"
-END = "<!-- end of make compare -->"
+SIGMAS = (0.0, 1.0)
+"""The noise at which settings are compared."""
+PAIRS = ("equal", "different")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +36,47 @@ def grids(tables: Tables) -> dict[str, list[Grid]]:
     for name, rows in tables.items():
         title = name.replace("_", " ").capitalize()
         found[name] = [scores(title, rows), noise(f"{title}: noise on the vision features", rows)]
+        if any(row.analysis("separation") for row in rows):
+            found[name].append(letters(f"{title}: visual tokens of letters", rows))
         if any(row.analysis("vocabulary") for row in rows):
             found[name].append(pruning(f"{title}: words at evaluation", rows))
     return found
 
 
 def markdown(tables: Tables) -> str:
-    """Returns the tables of text of all tables of runs as Markdown."""
-    return "\n\n".join(grid.markdown() for found in grids(tables).values() for grid in found)
+    """Returns the tables of text of all tables of runs as Markdown, those over settings first."""
+    every = [overview(tables), *grids(tables).values()]
+    return "\n\n".join(grid.markdown() for found in every for grid in found)
+
+
+def overview(tables: Tables) -> list[Grid]:
+    """Returns tables of the ANLS without noise and with it, a line for each setting and a column
+    for each row of runs; none if the tables are no settings of one comparison."""
+    found = settings(tables)
+    if not found:
+        return []
+    columns = ["", *map(_words, next(iter(found.values())))]
+    made = []
+    for sigma in SIGMAS:
+        lines = [
+            [_words(name), *(_spread(anls(row, sigma)) for row in rows.values())]
+            for name, rows in found.items()
+        ]
+        made.append(Grid(f"ANLS by setting, noise of {sigma:g}", columns, lines))
+    return made
+
+
+def anls(row: Row, sigma: float) -> np.ndarray:
+    """Returns the ANLS of every run under noise of a size in standard deviations of its features,
+    [number of runs]."""
+    return np.array(
+        [
+            point["anls"]
+            for run in row.analysis("noise")
+            for point in run["points"]
+            if round(point["relative_sigma"], 2) == sigma
+        ]
+    )
 
 
 def scores(title: str, rows: Sequence[Row]) -> Grid:
@@ -122,6 +156,31 @@ def noise(title: str, rows: Sequence[Row]) -> Grid:
     return Grid(title, columns, lines)
 
 
+def letters(title: str, rows: Sequence[Row]) -> Grid:
+    """Returns a table of how far apart the visual tokens of letters are at the LLM's input, for the
+    rows that have a visual token for each patch.
+
+    Cosines are with the mean of all tokens removed. The margin is how much nearer the mean of the
+    own letter is than that of any other, in units of the scatter of a letter.
+    """
+    lines = []
+    for row in rows:
+        if runs := row.analysis("separation"):
+            patches = [run["perplexity"]["p50"] for run in row.analysis("vocabulary")]
+            perplexity = f"{np.mean(patches):.1f}" if patches else "–"
+            cosines = [np.mean([run[f"centred_{pair}"] for run in runs]) for pair in PAIRS]
+            of_noise = [
+                np.mean([run[name][field] for run in runs])
+                for field in ("margin", "own")
+                for name in ("clean", "noisy")
+            ]
+            cells = [f"{value:.3f}" for value in (*cosines, *of_noise)]
+            lines.append([_name(row, rows), perplexity, *cells])
+    columns = ["", "median perplexity of a patch", "cosine, equal letters", "different letters"]
+    columns += ["margin", "at sigma 1", "own letter nearest", "at sigma 1"]
+    return Grid(title, columns, lines)
+
+
 def pruning(title: str, rows: Sequence[Row]) -> Grid:
     """Returns a table of the ANLS with fewer vocabulary entries for patches.
 
@@ -140,30 +199,37 @@ def pruning(title: str, rows: Sequence[Row]) -> Grid:
     return Grid(title, columns, lines)
 
 
-def put(document: Path, text: str) -> None:
-    """Replaces the text between `BEGIN` and `END` in a document.
+def put(document: Path, text: str, place: str) -> None:
+    """Replaces the text at a place in a document.
 
     Raises:
-      UserError: the document does not exist or lacks them.
+      UserError: the document does not exist or lacks the place.
     """
-    before, after = split(document)
-    storage.write_whole(document, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    before, after = split(document, place)
+    begin, end = _limits(place)
+    storage.write_whole(document, f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
-def split(document: Path) -> tuple[str, str]:
-    """Returns the text of a document before `BEGIN` and the text after `END`.
+def split(document: Path, place: str) -> tuple[str, str]:
+    """Returns the text of a document before a place and the text after it.
 
     Raises:
-      UserError: the document does not exist, or does not have each of them once, in this order.
+      UserError: the document does not exist, or does not have the place once.
     """
     if not document.is_file():
         raise UserError(f"there is no document {document}")
     whole = document.read_text()
-    if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(BEGIN) > whole.index(END):
+    begin, end = _limits(place)
+    if whole.count(begin) != 1 or whole.count(end) != 1 or whole.index(begin) > whole.index(end):
         raise UserError(
-            f"{document} needs a line {BEGIN} and after it a line {END}: tables go between them"
+            f"{document} needs a line {begin} and after it a line {end}: tables go between them"
         )
-    return whole[: whole.index(BEGIN)], whole[whole.index(END) + len(END) :]
+    return whole[: whole.index(begin)], whole[whole.index(end) + len(end) :]
+
+
+def _limits(place: str) -> tuple[str, str]:
+    """Returns the lines where a place in a document begins and ends."""
+    return f"<!-- {place} -->", f"<!-- end of {place} -->"
 
 
 def _trial(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -1,6 +1,7 @@
 """The choice of the answered questions that a report shows with their pages."""
 
 import dataclasses
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,13 +43,19 @@ class Example:
             key=lambda answer: Levenshtein.distance(self.row["prediction"], answer),
         )
 
-    def spelled(self) -> list[tuple[str, bool]]:
-        """Returns the prediction in pieces, each with whether it agrees with the closest answer."""
+    def spelled(self) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
+        """Returns the prediction and the closest answer in pieces, each with whether the two agree
+        in it."""
         prediction = self.row["prediction"]
-        opcodes = Levenshtein.opcodes(prediction, self.closest_answer())
-        # An insertion has no piece of the prediction: it is empty, and left out below.
-        pieces = [(prediction[op.src_start : op.src_end], op.tag == "equal") for op in opcodes]
-        return [(piece, same) for piece, same in pieces if piece]
+        truth = self.closest_answer()
+        # White space is alike to the scores: a new line in the place of a space is no error.
+        opcodes = Levenshtein.opcodes(*(re.sub(r"\s", " ", text) for text in (prediction, truth)))
+        # What is only in one of them has no piece of the other: it is empty, and left out below.
+        of_prediction = [
+            (prediction[op.src_start : op.src_end], op.tag == "equal") for op in opcodes
+        ]
+        of_truth = [(truth[op.dest_start : op.dest_end], op.tag == "equal") for op in opcodes]
+        return [one for one in of_prediction if one[0]], [one for one in of_truth if one[0]]
 
 
 def verdict(row: Mapping[str, Any]) -> str:

@@ -146,6 +146,8 @@ def _score_row(name: str, seen: Predictions, blind: Predictions | None) -> dict[
         "exact": seen.mean("exact"),
         "exact_margin": _margin(seen, "exact"),
         "blind": blind.mean("score") if blind and blind.rows else None,
+        "cer": seen.character_error_rate(),
+        "num_cut": seen.num_cut(),
         "fractions": gallery.fractions(seen),
     }
 
@@ -187,7 +189,6 @@ def _shown(example: Example, record: Record | None) -> dict[str, Any]:
         "verdict": example.verdict,
         "question": example.row["question"],
         "spelled": example.spelled(),
-        "truth": example.closest_answer(),
         "score": example.row["score"],
         "page": record and gallery.page_uri(record),
     }
@@ -338,16 +339,17 @@ def _variants(run: Run) -> list[str]:
 def _facts(run: Run) -> dict[str, str]:
     """Returns further facts that are needed to repeat the run, by name."""
     config = run.stages[-1]
-    vision = run.stages[-1].model.vision
-    llm = run.stages[-1].model.llm
+    data = config.data
+    vision = config.model.vision
+    llm = config.model.llm
     facts = {
         "Run": " ".join(filter(None, (config.name, config.run_id))),
         "Vision": f"{vision.num_layers} layers of {vision.width}; tiles of {vision.tile_width} × "
         f"{vision.tile_height} pixels, patches of {vision.patch_width} × {vision.patch_height}",
         "Language model": f"{llm.num_layers} layers of {llm.width}, vocabulary {llm.vocab_size}",
         "Connector": config.model.connector.name,
-        "Rows": f"{config.train.batch_size} a step, {config.data.seq_len} tokens each, "
-        f"{config.data.max_tiles * config.tokens_per_tile} of them image tokens",
+        "Rows": f"{config.train.batch_size} a step, {data.seq_len} tokens each, "
+        f"at most {min(data.max_tiles * config.tokens_per_tile, data.seq_len)} of them of images",
         "Seed": str(config.seed),
     }
     if run.loaded:
@@ -363,8 +365,7 @@ def _facts(run: Run) -> dict[str, str]:
     facts["This machine"] = (
         f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     )
-    summary_file = run.folder / summary.FILE
-    if summary_file.exists():
+    if (summary_file := run.folder / summary.FILE).exists():
         fields = parse(summary_file, summary_file.read_text())
         facts["Evaluation's memory"] = f"{fields['peak_memory_gib']:.2f} GiB at most"
     return facts

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from alignvlm_jax.data.examples import PackedSequence
+from alignvlm_jax.data.sequences import PackedSequence
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import patch_tokens
 from alignvlm_jax.inference.assistant import Assistant

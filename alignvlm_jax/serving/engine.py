@@ -18,7 +18,7 @@ from absl import logging
 from PIL import Image
 
 from alignvlm_jax.data import chat, loader
-from alignvlm_jax.data.examples import PackedSequence
+from alignvlm_jax.data.sequences import PackedSequence
 from alignvlm_jax.inference import buckets
 from alignvlm_jax.inference import decoding as decoding_lib
 from alignvlm_jax.inference.answering import Answering
@@ -245,8 +245,7 @@ class Engine:
         return taken, bucket
 
     def _bucket_of(self, job: Job) -> Bucket:
-        num_image_tokens = int((job.prompt["tokens"] == self._loaded.builder.image_token_id).sum())
-        num_tiles = num_image_tokens // self._loaded.builder.tokens_per_prompt_tile
+        num_tiles = self._loaded.builder.num_tiles(job.prompt)
         return buckets.bucket_of(self.buckets, num_tiles, job.prompt_tokens)
 
     def _answer(self, jobs: Sequence[Job], bucket: Bucket) -> None:

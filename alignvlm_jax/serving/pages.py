@@ -9,9 +9,10 @@ from PIL import Image
 
 from alignvlm_jax.data import images, pdf
 from alignvlm_jax.data.chat import ChatTurn
-from alignvlm_jax.data.examples import ExampleBuilder, PackedSequence
+from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.data.record import Record, Turn
 from alignvlm_jax.data.sandbox import Sandbox
+from alignvlm_jax.data.sequences import PackedSequence
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.ingest.formats import checks
 from alignvlm_jax.serving import protocol

@@ -126,7 +126,7 @@ def render(
         kind = str(rng.choice(["form", "receipt", "table"], p=[0.5, 0.25, 0.25]))
         layout = _layout(rng, kind, num_lines, height, spec.unseen_layouts)
         content = _content(rng, kind, spec.evaluation, num_lines, layout.title, tables)
-        drawn = _draw(rng, content, layout, _style(rng, spec), height)
+        drawn = _draw(rng, content, layout, draw_style(rng, spec), height)
         if drawn is not None:
             image, lines = drawn
             png = images.encode_png(degrade(image, rng, noise))
@@ -188,7 +188,7 @@ def _content(
     return content
 
 
-def _style(rng: np.random.Generator, spec: Split) -> Style:
+def draw_style(rng: np.random.Generator, spec: Split) -> Style:
     families = list((fonts.UNSEEN if spec.unseen_fonts else fonts.SEEN).values())
     faces = families[rng.integers(len(families))]
     style = Style(

@@ -132,7 +132,7 @@ def draw(
     for row, cells in zip(rows, placed, strict=True):
         top = row * layout.pitch + (layout.pitch - ascent - descent) // 2 + int(rng.integers(-1, 2))
         top = min(max(top, 0), height - ascent - descent)
-        ink, line = _draw_line(cells, top, top + ascent + descent, top + ascent, style, page.size)
+        ink, line = draw_line(cells, top, top + ascent + descent, top + ascent, style, page.size)
         page = ImageChops.darker(page, ink)
         words.append(line)
         if layout.ruled:
@@ -141,7 +141,7 @@ def draw(
     return page, tuple(words)
 
 
-def _draw_line(
+def draw_line(
     cells: list[tuple[float, str]],
     top: int,
     bottom: int,

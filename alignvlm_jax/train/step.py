@@ -40,7 +40,7 @@ def select(
     """
     unused: set[str] = set()
     if not train.answer_weight:
-        unused |= {"tokens", "targets", "loss_weights", "positions", "segment_ids"}
+        unused |= {"tokens", "targets", "loss_weights", "positions", "segment_ids", "kept_patches"}
     if train.visual_source == "oracle":
         unused |= {"tiles", "patch_loss_weights"}
     elif not measure_patches:

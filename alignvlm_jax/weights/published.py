@@ -119,6 +119,12 @@ class _Export:
                 f"config.data.tiling {config.data.tiling!r} is not exported: the processor for "
                 "transformers cuts pages into a grid alone; --format=components can be exported"
             )
+        if self._layout == "transformers" and config.data.blank_contrast:
+            raise UserError(
+                f"config.data.blank_contrast {config.data.blank_contrast} is not exported: the "
+                "processor for transformers gives every patch an image token; "
+                "--format=components can be exported"
+            )
         if self._with_adapter:
             adapter.check(config.model, self._found, components)
         metadata = self._checkpoints.metadata(self._step)
@@ -190,6 +196,8 @@ class _Export:
             record_tiles=config.data.record_tiles,
             use_overview=config.data.use_overview,
             tiling=config.data.tiling,
+            blank_contrast=config.data.blank_contrast,
+            answer_unit=config.data.answer_unit,
             images_first=config.data.images_first,
         )
         # Merged, or in an adapter that this program does not read back.
@@ -207,6 +215,8 @@ class _Export:
             "max_tiles": config.data.tiles_of_a_record,
             "use_overview": config.data.use_overview,
             "tiling": config.data.tiling,
+            "blank_contrast": config.data.blank_contrast,
+            "answer_unit": config.data.answer_unit,
             # The grid of the fewest cells that keeps this fraction of a page's pixels, else the
             # best; each cell is resized to fit its tile, and lies at its top left.
             "min_coverage": images.MIN_COVERAGE,

@@ -21,7 +21,7 @@ import numpy as np
 
 from alignvlm_jax.benchmarks import questions
 from alignvlm_jax.data import loader, shards
-from alignvlm_jax.data.examples import PackedSequence
+from alignvlm_jax.data.sequences import PackedSequence
 from alignvlm_jax.inference import batching, loading
 from alignvlm_jax.inference.batching import Prompts
 from alignvlm_jax.inference.loading import Loaded

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from alignvlm_jax.benchmarks import predictions
+from alignvlm_jax.data.tasks import TRANSCRIBE_QUESTION
 from alignvlm_jax.errors import UserError
 
 HEADER = {"checkpoint": "runs/a/checkpoints/7", "step": 7, "blind": False}
@@ -73,3 +74,21 @@ def test_means_by_kind():
     assert result.of_kind("form").mean("score") == 0.75
     # Scores 0, 0.5, 0.5, 1: standard deviation sqrt(1/8); of the mean of four, half that.
     assert result.margin("score") == pytest.approx(1.96 * (1 / 8) ** 0.5 / 2)
+
+
+def test_the_character_error_rate_is_that_of_all_transcriptions_together():
+    read = {"question": TRANSCRIBE_QUESTION}
+    rows = [
+        row(0, **read, answers=["abcdefgh"], prediction="abcdefgh"),
+        row(1, **read, answers=["ab"], prediction="xy"),
+        row(2, prediction="nonsense"),
+    ]
+    # By character, not by answer: 2 of 10, where the mean over answers is a half.
+    assert predictions.Predictions({}, rows).character_error_rate() == 0.2
+    assert predictions.Predictions({}, rows[2:]).character_error_rate() is None
+
+
+def test_cut_answers_are_counted_where_it_was_written_down():
+    rows = [row(0, is_cut=True), row(1, is_cut=False), row(2, is_cut=True)]
+    assert predictions.Predictions({}, rows).num_cut() == 2
+    assert predictions.Predictions({}, [row(0)]).num_cut() is None

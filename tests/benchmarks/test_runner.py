@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from alignvlm_jax.benchmarks import predictions, runner
+from alignvlm_jax.benchmarks.questions import choose_questions
 from alignvlm_jax.config import Config
 from alignvlm_jax.data import images, shards, stage_data
 from alignvlm_jax.data.examples import ExampleBuilder
+from alignvlm_jax.data.record import Turn
 from tests.scripted_sampler import ScriptedSampler
 
 
@@ -72,7 +74,7 @@ def test_rows_are_scored_and_prompts_of_one_size_have_one_shape(make_runner, tmp
     assert [row["record"] for row in result.rows] == [0, 1, 2, 3, 4, 0, 1]
     assert {row["kind"] for row in result.rows} == {"form", "table"}
     for row in result.rows:
-        assert row["prediction"] == "Anna"
+        assert row["prediction"] == "Anna" and row["is_cut"] is False
         assert (row["score"], row["exact"]) == (
             (1.0, 1.0) if row["question"] == "Who?" else (0.0, 0.0)
         )
@@ -98,6 +100,20 @@ def test_prompts_are_not_padded_to_rows_of_many_records(make_runner, trained_wor
     for ours, batch in zip(sampler.batches, other_sampler.batches, strict=True):
         np.testing.assert_array_equal(batch["tokens"], ours["tokens"])
         np.testing.assert_array_equal(batch["tiles"], ours["tiles"])
+
+
+def test_prompts_have_room_for_earlier_answers_that_are_spelled(make_runner, trained_workdir):
+    trained = runner.loading.load_config(trained_workdir)
+    data = dataclasses.replace(trained.data, answer_unit="letter", seq_len=2048)
+    evaluator, _ = make_runner(config=dataclasses.replace(trained, data=data))
+    record = shards.RecordSource(trained.data.dir, "seen_fonts")[0]
+    turns = tuple(Turn("What is the total of it?", ("of the pages " * 60,)) for _ in range(2))
+    record = dataclasses.replace(record, turns=turns, is_conversation=True)
+    asked = choose_questions([record], None)
+    builder = evaluator._builder_of(asked)
+    assert builder.data.seq_len < data.seq_len
+    for question in asked:
+        builder.prompt(record, question.chat_turn(), question.before)
 
 
 def test_a_stopped_evaluation_goes_on_and_a_finished_one_is_kept(make_runner, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.benchmarks import summary
 from alignvlm_jax.benchmarks.predictions import Predictions
+from alignvlm_jax.data.tasks import TRANSCRIBE_QUESTION
 
 
 def result(*scored: tuple[float, float]) -> Predictions:
@@ -76,3 +77,15 @@ def test_tasks_have_a_field_of_their_own(loaded):
         "docvqa_test": {"num_eval": 1, "num_problems": 0},
         "text_bpb": {"bits_per_byte": 1.6, "num_eval": 3, "num_problems": 1},
     }
+
+
+def test_a_transcribed_split_has_its_character_error_rate(loaded):
+    read = {"question": TRANSCRIBE_QUESTION, "answers": ["abcd"], "is_cut": False}
+    rows = [
+        read | {"prediction": "abcd", "score": 1, "exact": 1},
+        read | {"prediction": "ab", "score": 0.5, "exact": 0, "is_cut": True},
+    ]
+    results = {("crops", False): Predictions({}, rows), ("tables", False): result((1, 1))}
+    fields = summary.summarize(loaded, ("crops", "tables"), results)
+    assert (fields["cer"], fields["num_cut"]) == (0.25, 1)
+    assert not {"cer_tables", "num_cut_tables"} & set(fields)

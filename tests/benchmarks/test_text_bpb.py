@@ -156,12 +156,19 @@ def test_padding_changes_nothing(loaded, held_out):
     assert by_window[40][2][0] != pytest.approx(by_window[45][2][0], rel=1e-6)
 
 
-def test_a_window_is_no_longer_than_the_models_rows(loaded, held_out):
-    reader = text_bpb.Reader(loaded)
+@pytest.mark.parametrize(("context_length", "window"), [(0, 48), (32, 48), (64, 64), (8192, 512)])
+def test_a_window_is_no_longer_than_what_the_model_was_trained_on(
+    loaded, held_out, context_length, window
+):
+    """By its own stage, or by whoever published its weights."""
+    config = loaded.config
+    llm = dataclasses.replace(config.model.llm, context_length=context_length)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, llm=llm))
+    reader = text_bpb.Reader(dataclasses.replace(loaded, config=config))
     longest = reader.measure(
         dataclasses.replace(held_out, task=dataclasses.replace(TASK, window=512))
     )
-    assert longest.header["window"] == loaded.config.data.seq_len == 48
+    assert config.data.seq_len == 48 and longest.header["window"] == window
 
 
 class Spy:

@@ -1,19 +1,23 @@
 """The command from a checkpoint to scores, on the 2 x 2 x 2 mesh, with real generation."""
 
 import dataclasses
+import io
 import json
 import shutil
 import types
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.benchmarks import predictions, runner, tasks, text_bpb
+from alignvlm_jax.benchmarks.predictions import Predictions
 from alignvlm_jax.commands import evaluate
 from alignvlm_jax.commands.work import evaluate as work
 from alignvlm_jax.data import record as record_lib
 from alignvlm_jax.data import shards, stage_data
+from alignvlm_jax.data.tasks import TRANSCRIBE_QUESTION
 from alignvlm_jax.errors import UsageError, UserError
 from alignvlm_jax.inference import answering, loading
 from tests.conftest import random_record
@@ -121,6 +125,29 @@ def test_sources_that_are_gone_are_not_needed(demo_config, data_dir, tmp_path, c
     assert "prepared anew" not in capfd.readouterr().err
 
 
+def test_the_table_has_the_character_error_rate_of_transcriptions_and_cut_answers_are_told():
+    def result(kind: str, question: str, is_cut: bool) -> Predictions:
+        row = {"kind": kind, "question": question, "answers": ["abcd"], "prediction": "abc"}
+        row |= {"score": 0.75, "exact": 0.0, "is_cut": is_cut}
+        return Predictions({"decoding": {"max_new_tokens": 32}}, [row])
+
+    crops = result("crop", TRANSCRIBE_QUESTION, True)
+    tables = result("table", "Who?", False)
+    results = {("crops", False): crops, ("crops", True): crops}
+    results |= {("tables", False): tables, ("tables", True): tables}
+    console = Console(file=io.StringIO(), width=80)
+    console.print(work._table(["crops", "tables"], results))
+    work._say_what_is_cut(console, "crops", crops)
+    work._say_what_is_cut(console, "tables", tables)
+    header, *lines = [line.split() for line in console.file.getvalue().splitlines()]
+    assert header[-1] == "CER"
+    assert lines[0] == ["crops", "1", "0.750", "0.000", "0.750", "0.250"]
+    assert lines[2] == ["tables", "1", "0.750", "0.000", "0.750", "-"]
+    told = " ".join(lines[4])
+    assert told.startswith("crops: 1 of 1 answers were cut at max_new_tokens=32") and not lines[5:]
+    assert "CER" not in [column.header for column in work._table(["tables"], results).columns]
+
+
 @pytest.fixture
 def benchmarks(tmp_path):
     """DocVQA with an image that cannot be read, ChartQA, and DocVQA's test set without answers."""
@@ -207,9 +234,15 @@ def test_tasks_are_scored_resumed_and_handed_in(
     assert docvqa.statistics().score("anls") == 0.8
 
     of_tasks = json.loads((own_workdir / "summary.json").read_text())["tasks"]
-    assert of_tasks["docvqa"] == {"anls": 0.8, "exact_match": 0.8, "num_eval": 5, "num_problems": 1}
+    assert of_tasks["docvqa"] == {
+        "anls": 0.8,
+        "exact_match": 0.8,
+        "num_eval": 5,
+        "num_problems": 1,
+        "num_cut": 0,
+    }
     assert of_tasks["chartqa"]["relaxed_accuracy"] == 0.5
-    assert of_tasks["docvqa_test"] == {"num_eval": 2, "num_problems": 0}
+    assert of_tasks["docvqa_test"] == {"num_eval": 2, "num_problems": 0, "num_cut": 0}
     handed_in = own_workdir / "predictions" / "tasks" / "docvqa_test.submission.json"
     assert json.loads(handed_in.read_text()) == [
         {"questionId": 100 + i, "answer": "Ann"} for i in range(2)
@@ -230,7 +263,7 @@ def test_a_model_answers_a_task_and_splits_keep_their_fields(own_workdir, benchm
     of 48 tokens."""
     flags = [f"--checkpoint={own_workdir}", f"--data={benchmarks}"]
     with pytest.raises(
-        UserError, match="task docvqa: no question can be asked; the first: the prompt has"
+        UserError, match="task docvqa: no question can be asked; the first: the prompt about record"
     ):
         evaluate.main([*flags, "--tasks=docvqa", "--num_questions=1"])
     evaluate.main([f"--checkpoint={own_workdir}", "--splits=seen_fonts", "--num_questions=2"])
@@ -291,6 +324,7 @@ def test_scores_of_parts_are_shown_by_part_and_what_is_left_out_is_told(
         "left_out": 0.25,
         "num_eval": 4,
         "num_problems": 1,
+        "num_cut": 0,
     }
     lines = [line.split() for line in printed.splitlines()]
     assert ["ocrbench_v2", "english", "50.00", "%", "4", "1"] in lines

@@ -10,7 +10,8 @@ from PIL import Image
 from alignvlm_jax.commands import generate
 from alignvlm_jax.data import sandbox
 from alignvlm_jax.data.examples import ExampleBuilder
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.data.tasks import TRANSCRIBE_QUESTION
+from alignvlm_jax.errors import UsageError, UserError
 from alignvlm_jax.inference import loading
 from tests.ingest.formats.pdf import make_pdf
 
@@ -102,6 +103,19 @@ def test_several_questions_have_an_answer_each(trained_workdir, page, capsys):
     printed = capsys.readouterr()
     assert printed.out == "".join(alone)
     assert printed.err.index("Who?\n") < printed.err.index("What?\n")
+
+
+def test_without_a_question_the_page_is_read(trained_workdir, page, capsys):
+    flags = [f"--checkpoint={trained_workdir}", f"--image={page}", "--max_new_tokens=3"]
+    generate.main([*flags, f"--question={TRANSCRIBE_QUESTION}"])
+    expected = capsys.readouterr().out
+    generate.main(flags)
+    printed = capsys.readouterr()
+    assert printed.out == expected and "2 tiles" in printed.err
+    with pytest.raises(UsageError, match=r"^there is neither --question nor --image"):
+        generate.main(flags[:1])
+    with pytest.raises(UsageError, match=r"^--temperature needs --question=TEXT"):
+        generate.main([*flags, "--temperature=1"])
 
 
 def test_takes_any_page_of_a_pdf(trained_workdir, tmp_path, no_model):

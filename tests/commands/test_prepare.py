@@ -16,7 +16,7 @@ from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.errors import UsageError, UserError
 from alignvlm_jax.ingest import formats, staging
 from alignvlm_jax.report import examples_page, records_page
-from alignvlm_jax.synthetic import demonstration
+from alignvlm_jax.synthetic import demonstration, drawn
 from tests.ingest.formats.pdf import make_pdf
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def test_without_the_demonstrations_packages_it_says_what_to_install(package, tm
 
 
 def test_the_second_time_nothing_is_written(prepared, monkeypatch, capsys):
-    monkeypatch.setattr(demonstration, "_write_shards", lambda *args: pytest.fail("prepared again"))
+    monkeypatch.setattr(drawn, "_write_shards", lambda *args: pytest.fail("prepared again"))
     prepare.main(arguments(prepared, num_workers=2))
     assert "ready" in capsys.readouterr().out
 
@@ -82,7 +82,7 @@ def test_shards_of_an_interrupted_run_are_kept_and_workers_change_nothing(
     prepared, tmp_path, monkeypatch
 ):
     """Stops a run on three shards after the first, and lets two workers finish it."""
-    monkeypatch.setattr(demonstration, "SHARD_SIZE", 3)
+    monkeypatch.setattr(drawn, "SHARD_SIZE", 3)
     train = demonstration.SentencePieceTokenizer.train
     monkeypatch.setattr(
         demonstration.SentencePieceTokenizer,
@@ -108,7 +108,7 @@ def test_other_arguments_replace_the_data_and_no_other_files(
     prepared, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "demo"
-    monkeypatch.setattr(demonstration, "SHARD_SIZE", 3)
+    monkeypatch.setattr(drawn, "SHARD_SIZE", 3)
     prepare.main(arguments(out))
     others = {out / shards.shard_name(split, 0, 1) for split in ("mine", "train-mine")}
     for other in others:
@@ -122,6 +122,32 @@ def test_other_arguments_replace_the_data_and_no_other_files(
         in capsys.readouterr().out
     )
     assert records(out)[0].images != records(prepared)[0].images
+
+
+def test_crops_of_prepared_pages(manuals, tmp_path, capsys):
+    """The data of a reader, twice; it has no tokenizer of its own."""
+    flags = [f"--{name}={folder}" for name, folder in manuals.items()]
+    call = ["--format=crops", *flags, *arguments(tmp_path / "out", num_eval=1)]
+    prepare.main(call)
+    assert "crops by split: train 6, validation 1, crops 1, natural 1" in capsys.readouterr().out
+    drawn = records(tmp_path / "out")
+    assert len(drawn) == 6 and all(record.turns for record in drawn)
+    assert all(bool(record.lines) == (record.source != "text") for record in drawn)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "prepare.json" in names and not names & {"tokenizer.model", "tokenizer.json"}
+    prepare.main(call)
+    assert "is ready" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"prepared with --num_train=6 .*--overwrite"):
+        prepare.main([*call[:-3], "--num_train=7", "--num_eval=1"])
+
+
+def test_crops_need_both_folders(manuals, capsys):
+    source = f"--source={manuals['source']}"
+    with pytest.raises(UsageError, match="--out=FOLDER is needed, as --out=data/reader"):
+        prepare.main(["--format=crops", source, f"--unseen={manuals['unseen']}"])
+    with pytest.raises(SystemExit):
+        prepare.main(["--format=crops", source, "--out=x"])
+    assert "--unseen" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):

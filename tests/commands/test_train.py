@@ -20,6 +20,7 @@ from alignvlm_jax.benchmarks import predictions
 from alignvlm_jax.commands import next_commands
 from alignvlm_jax.data import index, shards, tokenizers
 from alignvlm_jax.ingest import job
+from tests import fast_xla
 
 REPOSITORY = Path(__file__).parents[2]
 PINNED = json.loads((Path(__file__).parents[1] / "golden" / "predictions.json").read_text())
@@ -55,9 +56,9 @@ def flags(tmp_path_factory) -> list[str]:
     return [f"--config={root}/config.py", f"--config.data.dir={root}/data"]
 
 
-def run(*argv: str) -> subprocess.CompletedProcess:
+def run(*argv: str, **changes: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(*argv), capture_output=True, text=True, cwd=REPOSITORY, env=environment()
+        command(*argv), capture_output=True, text=True, cwd=REPOSITORY, env=environment(**changes)
     )
 
 
@@ -65,10 +66,10 @@ def command(*argv: str) -> list[str]:
     return [sys.executable, "-m", "alignvlm_jax", *argv]
 
 
-def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
-        "JAX_PLATFORMS": "cpu"
-    }
+def environment(**changes: str) -> dict[str, str]:
+    """One device, and XLA as users have it, but for `changes`."""
+    ours = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return ours | {"JAX_PLATFORMS": "cpu"} | changes
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -83,7 +84,7 @@ def test_a_signal_saves_says_how_to_go_on_and_the_same_command_does(
         stderr=subprocess.PIPE,
         text=True,
         cwd=REPOSITORY,
-        env=environment(),
+        env=environment(XLA_FLAGS=fast_xla.FLAGS),
     )
     metrics = workdir / "metrics.jsonl"
     while process.poll() is None and not (
@@ -99,7 +100,7 @@ def test_a_signal_saves_says_how_to_go_on_and_the_same_command_does(
     stopped = int(errors.split("step ")[1].split()[0])
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(stopped)]
 
-    resumed = run(*argv[3:])
+    resumed = run(*argv[3:], XLA_FLAGS=fast_xla.FLAGS)
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stderr == ""
     assert f"going on from {workdir}/checkpoints/{stopped}" in resumed.stdout

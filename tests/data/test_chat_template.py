@@ -1,6 +1,5 @@
 """Chat formats: out of templates, out of files, and of folders from before there were any."""
 
-import io
 import json
 import re
 import shutil
@@ -17,7 +16,13 @@ from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.weights import towers
 from tests.data import templates
-from tests.weights.tokenizers import CHATML, CORPUS, write_chatml, write_tiktoken
+from tests.weights.tokenizers import (
+    CHATML,
+    CORPUS,
+    write_chatml,
+    write_sentencepiece,
+    write_tiktoken,
+)
 
 TURNS = [("What is the total?", "12.50"), ("  Who pays?", "Ames\nIowa ")]
 SMOLLM = (*CHATML, "<repo_name>", "<gh_stars>", "<jupyter_start>")
@@ -85,16 +90,11 @@ def test_an_answer_is_what_goes_on_from_a_prompt(family):
 
 def test_a_template_beside_a_sentencepiece_model(tmp_path):
     """Which puts a space before every stretch of text, as the template's strings do not begin."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=340, model_type="bpe", byte_fallback=True,
-        hard_vocab_limit=False, minloglevel=2, normalization_rule_name="identity", remove_extra_whitespaces=False,
-    )  # fmt: skip
-    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    content = write_sentencepiece(tmp_path)
     settings = {"chat_template": templates.LLAMA2, "bos_token": "<s>", "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = tokenizers.load(tmp_path)
-    encode = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).encode
+    encode = sentencepiece.SentencePieceProcessor(model_proto=content).encode
     turns = [("What is the total?", "12.50"), ("  Who?", "Été")]
     tokens, is_answer = chat.encode_chat(tokenizer, turns, 0, 999)
     first = encode("[INST] What is the total? [/INST] 12.50 ")

@@ -13,6 +13,7 @@ from alignvlm_jax.data.chat import ChatTurn
 from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.data.images import encode_png
 from alignvlm_jax.data.record import Record, Turn
+from alignvlm_jax.data.tokenizers import letters
 from tests.data import templates
 
 IMAGE = 999
@@ -209,6 +210,38 @@ def test_a_question_of_a_conversation_sees_what_came_before(demo_config, tokeniz
     assert put.image_offsets == (len("Answer shortly: And this?"),)
 
 
+@pytest.mark.parametrize("images_first", [False, True])
+def test_answers_are_spelled_once_an_image_was_shown_and_no_sooner(
+    demo_config, tokenizer, images_first
+):
+    """In training as in prompts, which cannot know of images that follow."""
+    data = dataclasses.replace(
+        demo_config.data,
+        seq_len=900,
+        max_tiles=8,
+        answer_unit="letter",
+        images_first=images_first,
+    )
+    builder = ExampleBuilder.of(dataclasses.replace(demo_config, data=data), tokenizer)
+    text = "A reader of the pages."
+    assert letters.spell(text, tokenizer) != tokenizer.encode(text)
+    greeting = [ChatTurn("Who are you?", text), ChatTurn("Again?", text)]
+    said = [*greeting, *(turn._replace(answer=text) for turn in SAID)]
+    one = conversation(said)
+    segment = builder.segment(one, "answer", np.random.default_rng(0))
+    whole = segment.tokens.tolist()
+    for question in questions.choose_questions([one], None):
+        prompt = builder.prompt(one, question.chat_turn(), question.before)
+        length = int(prompt["segment_ids"].sum())
+        assert prompt["tokens"][:length].tolist() == whole[:length]
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], segment.loss_weights > 0, [0]])))
+    answers = [whole[a + 1 : b] for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    for i, (turn, found) in enumerate(zip(said, answers, strict=True)):
+        is_spelled = images_first or i >= len(greeting)
+        spelled = letters.spell(turn.answer, tokenizer)
+        assert found == (spelled if is_spelled else tokenizer.encode(turn.answer))
+
+
 def test_a_transcription_that_does_not_fit_takes_no_conversation_with_it(demo_config, tokenizer):
     line = tuple(record.Word("word", (0, 0, 9, 9)) for _ in range(300))
     said = [one._replace(image_offsets=()) for one in SAID[:2]]
@@ -283,3 +316,46 @@ def test_a_record_that_has_none_of_it_is_the_bytes_that_it_was():
     )
     whole = conversation(system="Be short.")
     assert record.decode_record(record.encode_record(whole)) == whole
+
+
+@pytest.mark.parametrize("images_first", [False, True])
+def test_blank_patches_of_images_in_turns_are_left_out(demo_config, tokenizer, images_first):
+    """Also of a white page, a black one, and one whose colours are inverted, which keeps as many as
+    the page itself."""
+    pixels = np.full((64, 128), 255, np.uint8)
+    pixels[9:20, 10:60] = np.random.default_rng(0).integers(0, 200, (11, 50))
+    shown = (pixels, 255 - pixels, np.full_like(pixels, 255), np.zeros_like(pixels))
+    images = tuple(encode_png(Image.fromarray(one)) for one in shown)
+    one = dataclasses.replace(conversation(), images=images)
+    data = dataclasses.replace(
+        demo_config.data,
+        seq_len=700,
+        max_tiles=4,
+        max_patch_labels=3,
+        blank_contrast=24,
+        images_first=images_first,
+    )
+    config = dataclasses.replace(demo_config, data=data)
+    builder = ExampleBuilder.of(config, tokenizer)
+    arrays = builder.sequence(one, "answer", np.random.default_rng(0))
+    kept = arrays["kept_patches"].reshape(4, *config.model.vision.patch_grid)
+    counts = kept.sum((1, 2)).tolist()
+    assert counts[0] == counts[1] > counts[2] == counts[3] == config.model.vision.patch_grid[0]
+    is_image = arrays["tokens"] == config.model.image_token_id
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], is_image, [0]])))
+    found = (edges[1::2] - edges[::2]).tolist()
+    # Two stand at one place.
+    in_turns = [counts[0] + counts[1], counts[2], counts[3]]
+    assert found == ([sum(counts)] if images_first else in_turns)
+    # A prompt in the midst shows what came before it; one that is cut, what is left.
+    before, question = one.turns[:1], ChatTurn(*SAID[1])
+    prompt = builder.prompt(one, question, before)
+    num_shown = 4 if images_first else 3
+    assert builder.num_tiles(prompt) == num_shown
+    assert (prompt["tokens"] == config.model.image_token_id).sum() == sum(counts[:num_shown])
+    cut = int(np.flatnonzero(is_image)[-1]) + 2
+    if not images_first:
+        short = dataclasses.replace(builder, data=dataclasses.replace(data, seq_len=cut))
+        arrays = short.sequence(one, "answer", np.random.default_rng(0))
+        assert arrays["kept_patches"].any(1).tolist() == [True] * 3 + [False]
+        assert (arrays["tokens"] == config.model.image_token_id).sum() == sum(counts[:3])

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from alignvlm_jax import config as config_lib
-from alignvlm_jax.data import examples, images
+from alignvlm_jax.data import examples, images, sequences
 from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.data.images import encode_png
 from alignvlm_jax.data.record import Batch, Record, Turn, Word
@@ -44,7 +44,7 @@ def build(record, task, config, tokenizer, seed=0):
 
 def test_a_row_has_the_arrays_of_a_batch(demo_config, tokenizer):
     row = build(page_record(), "answer", demo_config, tokenizer)
-    assert set(row) == set(Batch.__annotations__)
+    assert set(row) == set(Batch.__annotations__) - {"kept_patches"}
     length = demo_config.data.seq_len
     shapes = {name: array.shape for name, array in row.items()}
     assert shapes["tokens"] == shapes["targets"] == shapes["positions"] == (length,)
@@ -74,7 +74,7 @@ def test_transcription_teaches_the_lines(demo_config, tokenizer):
 
 def test_plain_text_is_predicted_from_its_second_token_on(tokenizer):
     tokens = np.array([5, 9, 7], np.int32)
-    row = examples.build_text(tokens, 5, tokenizer)
+    row = sequences.build_text(tokens, 5, tokenizer)
     pad = tokenizer.pad_id
     assert {name: array.tolist() for name, array in row.items()} == {
         "tokens": [5, 9, 7, pad, pad],
@@ -83,7 +83,7 @@ def test_plain_text_is_predicted_from_its_second_token_on(tokenizer):
         "positions": [0, 1, 2, 0, 0],
         "segment_ids": [1, 1, 1, 0, 0],
     }
-    assert examples.build_text(tokens, 3, tokenizer)["loss_weights"].tolist() == [1, 1, 0]
+    assert sequences.build_text(tokens, 3, tokenizer)["loss_weights"].tolist() == [1, 1, 0]
 
 
 def test_answers_come_in_random_order_and_teach_the_first(demo_config, tokenizer):
@@ -242,7 +242,7 @@ def test_trimmed_prompts_keep_their_tokens_and_used_tiles(demo_config, tokenizer
         for question in ("Who?", "Who" * 9)
     ]
     extent = ExampleBuilder.of(demo_config, tokenizer).extent(prompts, multiple=16)
-    trimmed = [examples.trim(prompt, *extent) for prompt in prompts]
+    trimmed = [sequences.trim(prompt, *extent) for prompt in prompts]
     lengths = [int(prompt["segment_ids"].sum()) for prompt in prompts]
     assert lengths[0] < lengths[1] and len(prompts[0]["tiles"]) == 2
     for before, after in zip(prompts, trimmed, strict=True):

@@ -164,6 +164,71 @@ def test_labels_are_of_characters_where_the_unit_says_so():
     np.testing.assert_allclose(of["character"].weights[0, :2], [[1, 0, 0], [0.5, 0.5, 0]])
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.7])
+def test_letters_read_in_order_are_the_text(scale):
+    """Each stands once, in the patch of its middle, the left one of two with more weight; wide
+    letters leave patches without any, and words begin with the space before them."""
+
+    class Characters:
+        """A tokenizer with a token of each character, and of each letter with a space before it; a
+        digit with one is two."""
+
+        space_id = ord(" ")
+
+        def token_offsets(self, text):
+            if len(text) == 2 and text[0] == " " and text[1].isalpha():
+                return [(1000 + ord(text[1]), 0, 2)]
+            return [(ord(character), i, i + 1) for i, character in enumerate(text)]
+
+    rng = np.random.default_rng(0)
+    words = []
+    x = 1.0
+    for text in ("ilk", "Wigly", "7th", "oil"):
+        # From a third of a patch, of which two may have their middles in one, to two patches.
+        edges = x + np.cumsum([0, *rng.choice([2.7, 4.2, 8.0, 13.0], len(text))])
+        words.append(Word(text, (x, 0.0, float(edges[-1]), 16.0), tuple(edges.tolist())))
+        x = float(edges[-1]) + 5
+    assert 90 < x < 128 / scale
+    tiles = images.tile_image(ink(128, 32), VISION, 1, use_overview=False)
+    tiles = dataclasses.replace(
+        tiles, crops=tiles.crops / scale, scales=np.full_like(tiles.scales, scale)
+    )
+    data = dataclasses.replace(EVERY, label_unit="letter", label_slope=0.6)
+    found = labels.patch_labels([words], tiles, Characters(), VISION, data)
+    num_columns = VISION.patch_grid[1]
+    read = []
+    for ids, weights in zip(
+        found.ids[0, :num_columns], found.weights[0, :num_columns], strict=True
+    ):
+        assert weights.sum() == pytest.approx(1) and (np.diff(weights) <= 0).all()
+        read += [
+            (" " * (token > 1000)) + chr(token % 1000 if token > 1000 else token)
+            for token, weight in zip(ids.tolist(), weights, strict=True)
+            if weight and token != Characters.space_id
+        ]
+    assert "".join(read) == " ilk Wigly7th oil"
+    # What is between two middles says nothing, and is taught so.
+    is_text = found.loss_weights[0, :num_columns] > data.blank_weight
+    is_silent = (found.ids[0, :num_columns, 0] == Characters.space_id) & is_text
+    assert is_silent.any()
+
+
+def test_a_letter_beside_a_cut_is_of_the_tile_that_shows_its_middle(tokenizer):
+    """Also where the patch at the end of a tile that its crop does not fill has room for it."""
+    tiles = images.stack(images.fit(ink(128, 32), (0, 0, 128, 32), VISION) for _ in range(2))
+    # Boxes of letters reach a little over the gap between their ink.
+    tiles = dataclasses.replace(
+        tiles, crops=np.array([[0, 0, 66, 32], [66, 0, 128, 32]], np.float32)
+    )
+    word = Word("abc", (57.5, 0.0, 77.5, 16.0), (57.5, 65.5, 69.5, 77.5))
+    data = dataclasses.replace(EVERY, label_unit="letter", label_slope=0.6)
+    found = labels.patch_labels([[word]], tiles, tokenizer, VISION, data)
+    for letter, tile in zip("abc", (0, 1, 1), strict=True):
+        spelled = {token for token, _, _ in tokenizer.token_offsets(letter)}
+        shown = np.isin(found.ids, list(spelled)) & (found.weights > 0)
+        assert np.flatnonzero(shown.any((1, 2))).tolist() == [tile], letter
+
+
 def test_a_page_without_words_is_blank(tokenizer):
     tiles = images.tile_image(Image.new("RGB", (128, 64)), VISION, 2, use_overview=False)
     ids, weights, loss_weights = labels.patch_labels([], tiles, tokenizer, VISION, EVERY)

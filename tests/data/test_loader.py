@@ -2,6 +2,7 @@ import collections
 import dataclasses
 import itertools
 import pathlib
+import re
 import shutil
 import zlib
 
@@ -247,6 +248,55 @@ def test_an_epoch_visits_every_record_once_and_the_next_in_another_order(demo_co
     assert epochs[0] != epochs[1] != list(range(size))
 
 
+def test_records_share_a_sequence_as_far_as_they_fit(demo_config, monkeypatch):
+    """Each of an epoch is in one, and what is left out is counted, with the numbers."""
+    three = change(demo_config, "data", records_per_sequence=3, record_tiles=2, max_tiles=6)
+    roomy = loader.TrainSequences(change(three, "data", seq_len=480), "train")
+    single = loader.TrainSequences(demo_config, "train")
+    picked = [pick.record for i in range(20) for pick in roomy.schedule.picks(i)]
+    assert picked == [record for i in range(20) for record in roomy.schedule.records(i)]
+    assert picked == [single.schedule.order[i] for i in range(60)]
+    together = roomy[1]
+    assert together["segment_ids"].max() == 3 and roomy.problem is None
+    assert roomy.schedule.counters(20) == {"epoch": 60 / NUM_DOCUMENTS, "records": 60}
+    # Whether one before can be read changes nothing of those after it.
+    build = roomy.builder.segment
+    bad = picked[3]
+
+    def segment(builder, record, task, rng):
+        if record.id == f"train-{bad:06d}":
+            raise UserError("unreadable")
+        return build(record, task, rng)
+
+    monkeypatch.setattr(type(roomy.builder), "segment", segment)
+    [_, second, third] = [segment.tokens for _, segment in full_segments(build, roomy, 1)]
+    rest = [segment.tokens for _, segment in roomy.segments(1)]
+    for tokens, expected in zip(rest, (second, third), strict=True):
+        np.testing.assert_array_equal(tokens, expected)
+    monkeypatch.undo()
+    # Of three with room for two the last is left out, and counts as one that taught nothing.
+    tight = change(three, "data", seq_len=300, max_unsupervised=1.0)
+    batches = loader.TrainBatches(tight)
+    batch = next(batches)
+    left_out = 3 * len(batch["tokens"]) - loader.count_supervised(batch)
+    assert batches.num_unsupervised == left_out > 0
+    assert re.search(r"fit beside \d of config\.data\.records_per_sequence 3: \d+ of", why(tight))
+
+
+def full_segments(build, rows, index):
+    """The segments of a sequence, each of a record by itself."""
+    picks = rows.schedule.picks(index)
+    return [(i, build(rows._record(p.record), p.task, p.rng)) for i, p in enumerate(picks)]
+
+
+def why(config) -> str:
+    """Why the first record is left out that does not fit."""
+    rows = loader.TrainSequences(config, "train")
+    for index in range(8):
+        rows.segments(index)
+    return rows.problem
+
+
 def test_seed_and_stage_change_the_rows(demo_config):
     first = next(loader.TrainBatches(demo_config))
     for other in (
@@ -273,6 +323,15 @@ def test_too_many_rows_without_an_answer_are_an_error(demo_config):
     with pytest.raises(UserError, match=r"8 of 8 records .*max_unsupervised is 0\.01"):
         next(loader.TrainBatches(short))
     next(loader.TrainBatches(change(short, "data", max_unsupervised=1.0)))
+    # Their patches are there, and a stage that learns from these alone misses none.
+    patches = loader.TrainBatches(change(short, "train", answer_weight=0.0))
+    batch = next(patches)
+    assert not batch["loss_weights"].any() and patches.num_unsupervised == 0
+    assert (batch["patch_loss_weights"] > 0).any((1, 2)).all()
+    # How many image tokens a page has whose blank patches have none is nowhere but in the message.
+    unknown = change(short, "data", seq_len=12, blank_contrast=24)
+    with pytest.raises(UserError, match=r"the first: record \S+ has no answer .* \d+ image tokens"):
+        next(loader.TrainBatches(unknown))
 
 
 def test_a_position_that_does_not_divide_is_an_error(demo_config):

@@ -163,7 +163,7 @@ def test_every_block_runs_after_those_before_it(folder):
 
 
 def test_the_notebook_runs(folder):
-    block, _ = blocks("README.md", "python")
+    [block] = blocks("README.md", "python")
     # The small model's page has 16 patches.
     names = {}
     exec(block.replace("17", "7"), names)
@@ -172,12 +172,12 @@ def test_the_notebook_runs(folder):
 
 def test_a_client_of_the_server_has_its_answer(folder, monkeypatch, capsys):
     """With a stand-in for the client's package, which hands on what it sends."""
-    _, block = blocks("README.md", "python")
+    block = blocks("docs/serving.md", "python")[0]
     loaded = loading.load(Path("runs/demo"), loading.load_config(Path("runs/demo")))
     sent = []
 
     def create(**request):
-        sent.append(protocol.read(json.dumps(request).encode(), "lora"))
+        sent.append(protocol.read(json.dumps(request).encode(), "demo"))
         reader = PageReader(loaded.builder, 72.0, 1)
         assert "tiles" in reader.prompt(sent[0])
         message = types.SimpleNamespace(content="171.64")
@@ -189,7 +189,7 @@ def test_a_client_of_the_server_has_its_answer(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "openai", package)
     exec(block, {})
     assert capsys.readouterr().out == "171.64\n"
-    assert sent[0].messages[0].text == "Who?"
+    assert sent[0].messages[0].text == "What is the total?"
 
 
 def test_the_schema_of_own_questions_is_read(folder):

@@ -23,6 +23,7 @@ from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import checkpoint, checkpoint_files, state
 from alignvlm_jax.train.checkpoint import Checkpoints
+from alignvlm_jax.weights import exported
 
 
 def test_parameters_are_those_saved_whatever_the_mesh(trained_workdir):
@@ -42,6 +43,15 @@ def test_parameters_are_those_saved_whatever_the_mesh(trained_workdir):
     spread = loading.load(as_trained.path, elsewhere)
     assert dict(spread.mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
     jax.tree.map(np.testing.assert_array_equal, as_trained.params, spread.params)
+
+
+@pytest.mark.parametrize("is_exported", [False, True])
+def test_several_cpu_devices_read_no_programs_back(tmp_path, monkeypatch, is_exported):
+    """Nor for an exported model, where the environment names a cache."""
+    monkeypatch.setattr(exported, "is_exported", lambda path: is_exported)
+    with loading.programs_kept(tmp_path):
+        assert not jax.config.jax_enable_compilation_cache
+    assert jax.config.jax_enable_compilation_cache
 
 
 def test_the_data_folder_can_have_moved(trained_workdir):

@@ -51,6 +51,26 @@ def test_tiles_by_text_lines_are_not_counted_as_a_grid(demo_config, data_dir, to
     assert not [name for name in found.distributions if "tiles" in name or "row" in name]
 
 
+def test_image_tokens_of_which_blank_patches_have_none_are_not_counted(
+    demo_config, data_dir, tokenizer
+):
+    data = dataclasses.replace(demo_config.data, blank_contrast=24)
+    builder = ExampleBuilder.of(dataclasses.replace(demo_config, data=data), tokenizer)
+    found = statistics.collect(builder, str(data_dir), "train", None)
+    assert found.facts["Rows"].endswith("32 image tokens each, less those of blank patches")
+    assert "tiles a record" in found.distributions and not found.advice
+    assert not [name for name in found.distributions if "row" in name]
+
+
+def test_tokens_of_answers_that_are_spelled_are_not_counted(demo_config, data_dir, tokenizer):
+    data = dataclasses.replace(demo_config.data, answer_unit="letter")
+    builder = ExampleBuilder.of(dataclasses.replace(demo_config, data=data), tokenizer)
+    found = statistics.collect(builder, str(data_dir), "train", None)
+    assert found.facts["Tokens counted by"].endswith(", before answers are spelled")
+    assert "tiles a record" in found.distributions and found.advice
+    assert not [name for name in found.distributions if "row" in name]
+
+
 def test_rejected_by_reason_whatever_is_of_one_record(tmp_path):
     reasons = [
         "too long (120,000 bytes)",

@@ -40,6 +40,7 @@ def _in_the_checkout(monkeypatch):
         ("ablations.py:stage1.py:llama31_8b", 21),
         ("compare.py", 54),
         ("compare.py:connectors,supervision", 39),
+        ("align_wins.py", 76),
     ],
 )
 def test_every_run_is_a_valid_command(tmp_path, name, count):
@@ -55,6 +56,24 @@ def test_a_table_that_is_none_names_the_nearest(tmp_path, capsys):
         "no table 'conectors' of the comparison; did you mean 'connectors'?"
         in capsys.readouterr().err
     )
+
+
+def test_settings_start_from_the_towers_that_the_sweep_trains(tmp_path, capsys):
+    for form, folder in (("whole", "runs/align_wins"), ("short", "runs/align_wins_short")):
+        runs = sweep.read(f"{SWEEPS}/align_wins.py:{form}", folder)
+        sources = [
+            argument.partition("=")[2]
+            for run in runs
+            for argument in run.arguments
+            if argument.startswith("--config.init_from=")
+        ]
+        assert set(sources) == {run.workdir for run in runs if "/towers/" in run.workdir}
+        assert len(runs) == len({run.name for run in runs}) == len(sources) + 4
+    # Each setting with each connector once, in a few steps.
+    assert len(runs) == 28 and max(run.num_steps for run in runs) < 100
+    assert "28 runs, about " in capsys.readouterr().err
+    assert sweep.main([f"{SWEEPS}/align_wins.py:shrt", f"--workdir={tmp_path}"]) == 1
+    assert "no form 'shrt' of the sweep; did you mean 'short'?" in capsys.readouterr().err
 
 
 TWO = """

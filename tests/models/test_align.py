@@ -84,6 +84,48 @@ def test_equals_float64_reference(mesh, use_ln2):
     np.testing.assert_allclose(output.patch_nll, -(dense * np.log(weights)).sum(-1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("form", [{"vocab_impl": "plain"}, {"vocab_impl": "chunked"}])
+@pytest.mark.parametrize("has_subset", [False, True])
+def test_top_k(mesh, form, has_subset):
+    """The average is over the likeliest of the subset; the patch loss is as without `top_k`."""
+    align = make(top_k=4)
+    # Chunks of 7 entries of a shard's 37.
+    config = dataclasses.replace(align.config, **form, chunk_size_mib=7 * N // 4 * 4 / 2**20)
+    align = align.clone(config=config)
+    params = random_params(align, FEATURES, TABLE, LABELS)
+    subset = np.arange(V) % 3 != 0
+    kept = {"pruning": {"kept_words": subset}} if has_subset else {}
+    weights = reference(params) * (subset if has_subset else 1)
+    weights /= weights.sum(-1, keepdims=True)
+    is_kept = (-weights).argsort(-1).argsort(-1) < 4
+    few = np.where(is_kept, weights, 0)
+    labels = LABELS._replace(weights=LABELS.weights * (subset[LABELS.ids] if has_subset else 1))
+    args = FEATURES, TABLE, labels
+    output = jax.jit(lambda params: align.apply({"params": params, **kept}, *args))(params)
+    np.testing.assert_allclose(
+        output.tokens, few / few.sum(-1, keepdims=True) @ TABLE, rtol=0, atol=1e-5
+    )
+    whole = align.clone(config=dataclasses.replace(config, connector=config_lib.connector()))
+    expected = whole.apply({"params": params, **kept}, *args).patch_nll
+    np.testing.assert_allclose(output.patch_nll, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"top_k": V + 1},
+            f"top_k is {V + 1}, and the language model's vocabulary has {V} entries",
+        ),
+        ({"top_k": 2, "weights": "linear"}, "top_k is 2 and weights 'linear'"),
+    ],
+)
+def test_a_top_k_that_does_not_fit_is_refused(options, message):
+    config = make(**options).config
+    with pytest.raises(UserError, match=message):
+        Align.check(config.vision, config.llm, config.connector)
+
+
 def test_linear_weights_are_the_logits(mesh):
     params, align = run(make(weights="linear"))
     logits = layer_norm(

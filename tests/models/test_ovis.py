@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from alignvlm_jax import config as config_lib
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import connectors
 from alignvlm_jax.models.connectors.base import PatchLabels
 from tests.conftest import random_params
@@ -21,11 +22,11 @@ TEXT_TABLE = RNG.standard_normal((V, D)).astype(np.float32)
 LABELS = PatchLabels(np.zeros((N, 2), np.int32), np.ones((N, 2), np.float32))
 
 
-def make(**options):
+def make(top_k: int = 0, **options):
     config = config_lib.ModelConfig(
         vision=config_lib.VisionConfig(width=E, num_heads=1),
         llm=config_lib.LLMConfig(vocab_size=V, width=D),
-        connector=config_lib.connector("ovis", visual_vocab_size=K),
+        connector=config_lib.connector("ovis", visual_vocab_size=K, top_k=top_k),
         **options,
     )
     return connectors.get("ovis")(config, jnp.dtype("float32"))
@@ -34,8 +35,9 @@ def make(**options):
 @pytest.mark.parametrize(
     "form", [{"vocab_impl": "plain"}, {"vocab_impl": "chunked", "chunk_size_mib": 1e-4}]
 )
-def test_equals_float64_reference(mesh, form):
-    ovis = make(**form)
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_equals_float64_reference(mesh, form, top_k):
+    ovis = make(top_k, **form)
     params = random_params(ovis, FEATURES, TEXT_TABLE, LABELS)
     output = jax.jit(lambda params: ovis.apply({"params": params}, FEATURES, TEXT_TABLE, LABELS))(
         params
@@ -46,10 +48,17 @@ def test_equals_float64_reference(mesh, form):
         logits.var(-1, keepdims=True) + 1e-5
     )
     exp = np.exp(logits * weights["norm"]["scale"] + weights["norm"]["bias"])
+    exp = np.where((-exp).argsort(-1).argsort(-1) < (top_k or K), exp, 0)
     np.testing.assert_allclose(
         output.tokens, exp / exp.sum(-1, keepdims=True) @ weights["table"], atol=1e-5
     )
     np.testing.assert_array_equal(output.patch_nll, np.zeros(N, np.float32))
+
+
+def test_a_top_k_beyond_the_table_is_refused():
+    config = make(top_k=K + 1).config
+    with pytest.raises(UserError, match=f"top_k is {K + 1}, and the learned table has {K} entries"):
+        connectors.get("ovis").check(config.vision, config.llm, config.connector)
 
 
 def test_parameters():

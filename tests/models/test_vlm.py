@@ -321,6 +321,29 @@ def test_nth_slot_holds_nth_visual_token(mesh, params, run, probabilities, visua
         np.testing.assert_array_equal(read[row][~is_slot], table[MIXED["tokens"][row][~is_slot]])
 
 
+@pytest.mark.parametrize("visual_source", ["pixels", "oracle"])
+def test_image_tokens_count_kept_patches_alone(mesh, params, run, visual_source):
+    """Those of other patches are nowhere, and what is kept stays in its order."""
+    _, before = run(params, MIXED, visual_source)
+    is_kept = np.random.default_rng(3).random((ROWS, TILES, PATCHES)) < 0.6
+    is_kept.reshape(ROWS, -1)[:, 0] = True
+    num_kept = is_kept.reshape(ROWS, -1).sum(1)
+    batch = {**MIXED, "kept_patches": is_kept, "tokens": MIXED["tokens"].copy()}
+    full = {**MIXED, "tokens": MIXED["tokens"].copy()}
+    for row in range(ROWS):
+        for tokens, count in ((batch["tokens"], num_kept[row]), (full["tokens"], TILES * PATCHES)):
+            tokens[row] = 7
+            tokens[row, 2 : 2 + count] = IMAGE
+    _, every = run(params, full, visual_source)
+    _, read = run(params, batch, visual_source)
+    assert read.shape == before.shape
+    for row in range(ROWS):
+        visual = every[row][2 : 2 + TILES * PATCHES]
+        expected = visual[is_kept[row].reshape(-1)]
+        np.testing.assert_allclose(read[row][2 : 2 + num_kept[row]], expected, atol=1e-6)
+        np.testing.assert_array_equal(read[row][2 + num_kept[row]], every[row][0])
+
+
 def test_certain_labels_equal_plain_text(mesh, params, run):
     """A patch that shows one word for certain is that word: the image might as well be typed."""
     batch = {name: array.copy() for name, array in MIXED.items()}
@@ -621,7 +644,34 @@ def test_fresh_layers_differ_and_keep_the_scale():
 
 def test_abstract_batch_is_the_schema():
     abstract = vlm.abstract_batch(CONFIG.model, CONFIG.data, CONFIG.train.batch_size)
-    assert list(abstract) == list(Batch.__annotations__)
+    assert [*abstract, "kept_patches"] == list(Batch.__annotations__)
     assert {name: (x.shape, x.dtype) for name, x in abstract.items()} == {
         name: (x.shape, x.dtype) for name, x in BATCH.items()
     }
+    data = dataclasses.replace(CONFIG.data, blank_contrast=9)
+    kept = vlm.abstract_batch(CONFIG.model, data, ROWS)["kept_patches"]
+    assert (kept.shape, kept.dtype) == ((ROWS, TILES, PATCHES), bool)
+
+
+def test_hidden_states_are_those_between_the_layers(mesh):
+    """Against the decoder's blocks one by one, and nothing but parameters is initialised."""
+    config = tiny_config()
+    model = vlm.VLM(config.model)
+    batch = random_batch(config)
+    params = random_params(model, batch)
+    found = np.asarray(vlm.hidden_states(model, {"params": params}, batch))
+    assert set(jax.eval_shape(model.init, jax.random.key(0), batch)) == {"params"}
+    expected = [model.apply({"params": params}, batch, method="prompt_embeddings")]
+    block = decoder.Block(config.model.llm, jnp.dtype("float32"), "auto")
+    for layer in range(config.model.llm.num_layers):
+        own = jax.tree.map(lambda stacked, i=layer: stacked[i], params["llm"]["blocks"])
+        inputs = (batch["positions"], batch["segment_ids"], None)
+        carry = (expected[-1], None)
+        (after, _), _ = block.apply({"params": own}, carry, jnp.int32(layer), *inputs)
+        expected.append(after)
+    np.testing.assert_allclose(found, np.stack(expected), atol=1e-5)
+    llm = Llama(config.model.llm, jnp.dtype("float32"), "none")
+    last, _ = llm.apply({"params": params["llm"]}, expected[0], *inputs[:2])
+    norm = RMSNorm(config.model.llm.norm_eps)
+    scaled = norm.apply({"params": params["llm"]["final_norm"]}, jnp.asarray(found[-1]))
+    np.testing.assert_allclose(last, scaled, atol=1e-5)

@@ -16,13 +16,21 @@ from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 
 
-def test_causal_mask():
+def test_a_token_sees_what_stands_before_it_in_its_segment():
     segment_ids = jnp.array([[1, 1, 2, 2], [1, 0, 0, 0]])
     expected = [
         [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]],
         [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]],
     ]
-    np.testing.assert_array_equal(attention.causal_mask(segment_ids), np.array(expected, bool))
+    # Alike queries and keys weigh all that is seen alike, and values tell which that is.
+    same = np.ones((2, 4, 1, 4), np.float32)
+    values = np.broadcast_to(np.eye(4, dtype=np.float32)[:, None], (2, 4, 1, 4))
+    for kernel in ("xla", "plain"):
+        with mesh_lib.use(mesh_lib.single_device()):
+            weights = attention.self_attention(
+                same, same, values, segment_ids, causal=True, kernel=kernel
+            )[:, :, 0]
+        np.testing.assert_array_equal(weights > 0, np.array(expected, bool))
 
 
 def test_grouped_heads_and_mask():
@@ -120,7 +128,7 @@ def set_chunk(monkeypatch, queries: int, heads: int, length: int) -> None:
     rows = ROWS // (mesh["data"] * mesh["fsdp"])
     size = 4 * rows * heads // mesh["tensor"] * queries * length
     monkeypatch.setattr(attention, "CHUNK_SIZE_MIB", size / 2**20)
-    assert attention._queries_per_chunk(ROWS, length, heads) == queries
+    assert attention._fitting_logits(ROWS, heads) == queries * length
 
 
 MESHES = {"one_device": (1, 1, 1), "2x2x2": (2, 2, 2)}
@@ -186,9 +194,9 @@ def test_splash_computes_each_device_its_own(mesh):
     assert "all-gather" not in text and "all-to-all" not in text
 
 
-def test_chunks_are_bounded_and_sharded(mesh, monkeypatch):
+@pytest.mark.parametrize("length", [96, 160], ids=["one_part", "two_parts"])
+def test_chunks_are_bounded_and_sharded(mesh, monkeypatch, length):
     """No logits of all queries, forward or backward, and neither rows nor heads are gathered."""
-    length = 96
     heads = 4
     set_chunk(monkeypatch, 7, heads, length)
     rows = sharding.batch_sharding(mesh)
@@ -220,15 +228,52 @@ def test_no_weights_are_copied_on_cpu():
 @pytest.mark.parametrize(
     ("batch", "length", "heads", "queries"),
     [
-        (1, 2048, 4, None),  # 64 MiB, all of it
-        (1, 2049, 4, 2047),
-        (100, 192, 4, None),  # an evaluation of the demonstration
+        (1, 2048, 4, 2048),  # 64 MiB, all of it
+        (1, 2049, 4, 1025),  # two chunks of nearly equal size, not 2,047 and 2
+        (2, 1024, 9, 512),  # nor 910, of which the second chunk would be padding
         (1, 9344, 32, 56),
         (1000, 9344, 32, 1),
     ],
 )
 def test_queries_per_chunk(batch, length, heads, queries):
-    assert attention._queries_per_chunk(batch, length, heads) == queries
+    fitting = attention._fitting_logits(batch, heads)
+    assert attention._queries_per_chunk(length, length, fitting) == queries
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "is_whole"),
+    [
+        (1, 2048, 4, True),  # 64 MiB, all of it
+        (1, 2049, 4, False),
+        (100, 192, 4, True),  # an evaluation of the demonstration
+    ],
+)
+def test_what_fits_is_not_divided_into_chunks(batch, length, heads, is_whole):
+    array = jax.ShapeDtypeStruct((batch, length, heads, 8), np.float32)
+    ours = functools.partial(attention.self_attention, causal=False, kernel="xla")
+    with mesh_lib.use(mesh_lib.single_device()):
+        jaxpr = jax.make_jaxpr(functools.partial(ours, segment_ids=None))(array, array, array)
+    assert ("scan" in str(jaxpr)) != is_whole
+
+
+@pytest.mark.parametrize(
+    ("length", "causal", "made"),
+    [
+        (150, True, [(75, 75), (75, 150)]),
+        (1024, True, [(256, 256), (256, 512), (256, 768), (256, 1024)]),
+        (127, True, [(127, 127)]),
+        (1024, False, [(1024, 1024)]),
+    ],
+)
+def test_logits_that_no_query_may_see_are_not_made(length, causal, made):
+    arrays = draw(length, 4, 2, 8)
+    ours = functools.partial(attention.self_attention, causal=causal, kernel="xla")
+    with mesh_lib.use(mesh_lib.single_device()):
+        jaxpr = jax.make_jaxpr(functools.partial(ours, segment_ids=None))(*arrays[:3])
+    # Queries of the two heads of a key head are rows of one matmul.
+    found = re.findall(rf"f32\[{ROWS},2,(\d+),(\d+)\] = dot_general", str(jaxpr))
+    shapes = [(int(n) // 2, int(num_keys)) for n, num_keys in found if int(num_keys) != 8]
+    assert sorted(shapes) == sorted(made)
 
 
 @pytest.mark.parametrize("length", [1, 9, 127, 128, 129, 512, 513, 640, 729, 1024, 3000, 8320])

@@ -93,12 +93,11 @@ def test_splash_compiles(tpu, sizes):
     assert "all-gather" not in text and "all-to-all" not in text
 
 
-def test_xla_makes_all_logits(tpu, monkeypatch):
-    """What the test above would see, where there is no bound beyond which they are made in
-    chunks."""
-    monkeypatch.setattr(attention, "CHUNK_SIZE_MIB", 2**20)
-    text = compile_gradients(tpu, "xla", *SIZES["head_dim_64"])
-    assert "tpu_custom_call" not in text and is_square(text, 1536)
+@pytest.mark.parametrize("kernel", ["plain", "xla"])
+def test_without_splash(tpu, kernel):
+    """What the test above would see: all logits are made at once by "plain" alone."""
+    text = compile_gradients(tpu, kernel, *SIZES["head_dim_64"])
+    assert "tpu_custom_call" not in text and is_square(text, 1536) == (kernel == "plain")
 
 
 def small_config(length: int, **changes) -> config_lib.Config:
@@ -144,11 +143,11 @@ def compile_generation(mesh, length: int, num_new: int, kernel: str):
 
 
 def test_generation_has_no_logits_of_a_prompt(tpu):
-    """Both towers take the kernel in prefill, which has no backward pass; XLA's attention would
-    make all logits."""
+    """Both towers take the kernel in prefill, which has no backward pass; "plain" would make all
+    logits."""
     length = 1536
     num_new = 5
-    ours, dense = (compile_generation(tpu, length, num_new, kernel) for kernel in ("auto", "xla"))
+    ours, dense = (compile_generation(tpu, length, num_new, kernel) for kernel in ("auto", "plain"))
     assert ours.as_text().count('custom_call_target="tpu_custom_call"') == 2
     assert not is_square(ours.as_text(), length, length + num_new)
     assert is_square(dense.as_text(), length, length + num_new)

@@ -39,6 +39,8 @@ class Case:
     labels: int = 2
     linear: bool = False
     column_mean: float = 0.0  # of the head's columns, whose deviation is 1
+    top_k: int = 0
+    kept: int = 0  # entries of each row that are given
 
 
 # On the mesh 2 x 2 x 2 there are 4 shards of rows: 52 / 4 = 13 rows, and 50 rows do not divide.
@@ -56,6 +58,15 @@ CASES = {
     "table_of_another_width": Case(52, 6, 34, 5, table_width=14, labels=0),
     "linear": Case(52, 10, 34, 5, linear=True),
     "large_mean": Case(52, 10, 34, 5, column_mean=30.0),
+    "top_1": Case(52, 10, 34, 5, top_k=1),
+    "top_3_rows_do_not_divide": Case(50, 10, 34, 7, top_k=3),
+    # More than a chunk has, and with a table of another width.
+    "top_4": Case(52, 6, 34, 3, table_width=14, labels=0, top_k=4),
+    "top_4_padded_subset": Case(24, 10, 34, 4, padding=5, has_subset=True, top_k=4),
+    "top_2_without_norm": Case(52, 10, 34, 64, has_norm=False, top_k=2),
+    "top_k_of_all": Case(24, 10, 34, 5, padding=3, top_k=34),
+    "given": Case(50, 10, 34, 5, kept=3),
+    "given_padded_subset": Case(24, 10, 34, 4, padding=5, has_subset=True, kept=3),
     "linear_padded_subset": Case(24, 10, 34, 4, padding=5, has_subset=True, linear=True),
 }
 
@@ -70,6 +81,18 @@ def devices(request):
         else contextlib.nullcontext()
     ):
         yield request.param
+
+
+def given(case: Case) -> np.ndarray | None:
+    """Different entries of each row, the last of which is none in every second row."""
+    if not case.kept:
+        return None
+    order = np.random.default_rng(3).random((case.rows, case.words)).argsort(-1)
+    ids = order[:, : case.kept].astype(np.int32)
+    ids[::2, -1] = -1
+    if case.has_subset:
+        ids[:, 0] = draw(case)[1][:, 0]  # one of them at least has weight
+    return ids
 
 
 def draw(case: Case, seed: int = 0):
@@ -109,6 +132,8 @@ def apply(case: Case, inputs, labels, subset, chunk: int | None, dtype=jnp.float
         unpadded_vocab_size=case.words - case.padding,
         subset=subset,
         linear=case.linear,
+        top_k=case.top_k,
+        kept_ids=given(case),
         chunk=chunk,
     )
 
@@ -137,10 +162,18 @@ def reference(case: Case, x, head, table, scale, bias, labels, subset):
     allowed = is_word if subset is None else is_word & subset
     exponentials = jnp.where(allowed, jnp.exp(logits), 0.0)
     total = exponentials.sum(-1)
+    ids = given(case)
+    if case.top_k:
+        # All that have a larger logit than the entry are fewer than k.
+        rank = (exponentials[:, None, :] > exponentials[:, :, None]).sum(-1)
+        exponentials = jnp.where(rank < case.top_k, exponentials, 0.0)
+    if ids is not None:
+        is_kept = (ids[:, :, None] == np.arange(case.words)).any(1)
+        exponentials = jnp.where(is_kept, exponentials, 0.0)
     weights = (
         jnp.where(allowed, logits, 0.0) / allowed.sum() ** 0.5
         if case.linear
-        else exponentials / total[:, None]
+        else exponentials / exponentials.sum(-1, keepdims=True)
     )
     return weights @ table, jnp.take_along_axis(logits, labels, 1), jnp.log(total)
 
@@ -186,6 +219,10 @@ def test_drawn_shapes(devices):
         expected = reference_gradients(case)
         assert_close(outputs_and_gradients(case, chunk), expected, 1e-5)
         assert_close(outputs_and_gradients(case, chunk, jnp.bfloat16), expected, 2e-2)
+        # Logits of bfloat16 may be in another order: only in float32.
+        case = dataclasses.replace(case, top_k=int(rng.integers(1, case.words + 1)))
+        expected = reference_gradients(case)
+        assert_close(outputs_and_gradients(case, chunk), expected, 1e-5)
 
 
 @pytest.mark.parametrize("chunk", [None, 5], ids=["plain", "chunked"])
@@ -254,9 +291,10 @@ def test_gradients_are_summed_in_float32(devices, chunk):
     np.testing.assert_array_equal(gradient, [[0, 1024, 0, 0]])
 
 
-def test_the_vocabulary_stays_split_over_tensor(mesh):
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_the_vocabulary_stays_split_over_tensor(mesh, top_k):
     """No device gathers all words of a matrix, or of its gradient."""
-    case = Case(48, 10, 74, 5, labels=0)
+    case = Case(48, 10, 74, 5, labels=0, top_k=top_k)
     columns = PartitionSpec("fsdp", "tensor")
     table = PartitionSpec("tensor", "fsdp")
     words = PartitionSpec("tensor")
@@ -298,6 +336,64 @@ def test_a_label_that_is_no_token_has_a_logit_of_0(devices, chunk):
     labels = np.tile(np.array([-1, case.words], labels.dtype), (case.rows, 1))
     logits = jax.jit(lambda x: apply(case, x, labels, subset, chunk).label_logits)(inputs)
     np.testing.assert_array_equal(logits, np.zeros_like(logits))
+
+
+@pytest.mark.parametrize("chunk", [5, 34], ids=["chunked", "plain"])
+def test_of_equal_logits_the_first_are_kept(devices, chunk):
+    """In chunks and over shards as by top-k over all: all logits are equal, and row i of the table
+    is i."""
+    x, head = jnp.ones((8, 2)), jnp.ones((2, 34))
+    table = jnp.arange(34.0)[:, None] * jnp.ones((1, 2))
+    has_weight = jnp.arange(34) >= 3
+
+    def average(x):
+        return vocab_average.vocab_average(
+            x, head, table, None, subset=has_weight, top_k=4, chunk=chunk
+        ).average
+
+    np.testing.assert_allclose(jax.jit(average)(x), np.full((8, 2), (3 + 4 + 5 + 6) / 4))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_nan_reaches_the_average(devices, sign):
+    """Also one that a top-k takes for the smallest number."""
+    case = dataclasses.replace(CASES["top_2_without_norm"], chunk=5)
+    inputs, labels, subset, _ = draw(case)
+    inputs[1][:, 20] = np.copysign(np.nan, sign)
+    average = jax.jit(lambda x: apply(case, x, labels, subset, case.chunk).average)(inputs)
+    assert np.isnan(average).all()
+
+
+@pytest.mark.parametrize("kept", [{"top_k": 2}, {"kept": 2}], ids=["top_k", "given"])
+def test_gradients_of_kept_rows_are_summed_in_float32(devices, kept):
+    """1,024 rows add a half to each of two rows of the table: bfloat16 would stop at 128."""
+    ids = np.tile(np.array([[0, 1]], np.int32), (1024, 1)) if "kept" in kept else None
+
+    def total(table):
+        return vocab_average.vocab_average(
+            jnp.ones((1024, 1), jnp.bfloat16),
+            jnp.ones((1, 4)),
+            table,
+            None,
+            top_k=kept.get("top_k", 0),
+            kept_ids=ids,
+            chunk=2,
+        ).average.sum()
+
+    gradient = jax.jit(jax.grad(total))(jnp.ones((4, 2), jnp.float32))
+    np.testing.assert_array_equal(gradient, [[512, 512], [512, 512], [0, 0], [0, 0]])
+
+
+def test_kept_entries_alone_have_gradients():
+    """Of the logits, here the head's bias in LN's place."""
+    case = Case(1, 4, 20, 7, labels=0, top_k=3)
+    inputs, labels, _, _ = draw(case)
+
+    def total(bias):
+        return jnp.sin(apply(case, [*inputs[:4], bias], labels, None, case.chunk).average).sum()
+
+    gradient = jax.jit(jax.grad(total))(jnp.asarray(inputs[4]))
+    assert (np.abs(gradient) > 1e-4).sum() == 3 and (gradient == 0).sum() == 17
 
 
 def test_columns_per_chunk(devices):

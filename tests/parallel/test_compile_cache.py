@@ -59,7 +59,20 @@ def test_the_environment_names_another_place_or_none(tmp_path):
     assert not (tmp_path / "compiled").exists()
 
 
-def test_the_settings_are_put_back(tmp_path):
+def test_several_cpu_devices_have_none(tmp_path):
+    """Their programs, read back, wait for each other for ever."""
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    for place in ({}, {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "other")}):
+        run(tmp_path, **devices, **place, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+        assert run(tmp_path, **devices, **place)[1] == 0
+    assert not any(tmp_path.iterdir())
+    with compile_cache.kept_in(tmp_path):
+        assert not jax.config.jax_enable_compilation_cache
+    assert jax.config.jax_enable_compilation_cache
+
+
+def test_the_settings_are_put_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     with compile_cache.kept_in(tmp_path):
         assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path / "compiled"))

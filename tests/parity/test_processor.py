@@ -137,11 +137,13 @@ def check_conversations(processor, tokenizer, image_id):
         for number in range(len(TURNS) + 1):
             turns = TURNS[:number]
             for num_image_tokens in (0, 5):
-                expected = chat.encode_prompt(
-                    tokenizer, "When?", num_image_tokens, image_id, turns, system
-                )
-                found = processor.prompt_ids("When?", num_image_tokens, system, turns)
-                assert found == expected.tolist()
+                for unit in ("token", "letter"):
+                    expected = chat.encode_prompt(
+                        tokenizer, "When?", num_image_tokens, image_id, turns, system, unit
+                    )
+                    processor.settings["answer_unit"] = unit
+                    found = processor.prompt_ids("When?", num_image_tokens, system, turns)
+                    assert found == expected.tolist()
 
 
 @pytest.mark.parametrize("family", templates.FAMILIES)

@@ -136,16 +136,25 @@ def test_every_family_with_square_tiles_overview_and_a_template(variant, tmp_pat
     record("Export in transformers, random", f"{variant}, overview", ours, expected, TOLERANCE)
 
 
-@pytest.mark.parametrize("options", [{"weights": "linear"}, {"use_ln2": False}])
-def test_every_option_of_align(options, trained_workdir, tmp_path, monkeypatch):
-    align = dataclasses.replace(tiny_connector("align"), **options)
-    monkeypatch.setattr(exports, "tiny_connector", {"align": align}.get)
-    exports.write_workdir(tmp_path / "run", trained_workdir, "align")
+@pytest.mark.parametrize(
+    ("connector", "options"),
+    [
+        ("align", {"weights": "linear"}),
+        ("align", {"use_ln2": False}),
+        ("align", {"top_k": 3}),
+        ("ovis", {"top_k": 3}),
+    ],
+)
+def test_every_option_of_an_average(connector, options, trained_workdir, tmp_path, monkeypatch):
+    changed = dataclasses.replace(tiny_connector(connector), **options)
+    monkeypatch.setattr(exports, "tiny_connector", {connector: changed}.get)
+    exports.write_workdir(tmp_path / "run", trained_workdir, connector)
     loaded = on_one_device(tmp_path / "run")
     page = noise(4, 16, 16)
     expected = Theirs(export(tmp_path / "run", tmp_path / "out")).logits(page, QUESTION)
     ours = our_logits(loaded, page, QUESTION)
-    record("Export in transformers, random", f"align, {options}", ours, expected, TOLERANCE)
+    name = f"{connector}, {options}"
+    record("Export in transformers, random", name, ours, expected, TOLERANCE)
 
 
 @pytest.mark.parametrize("connector", ["align", "perceiver"])

@@ -78,6 +78,7 @@ CASES = {
     "h_reducer": with_connector("h_reducer"),
     "c_abstractor": with_connector("c_abstractor", pooled_columns=2),
     "embeddings_stopped": with_connector("align", embed_grad="stop"),
+    "top_k": with_connector("align", top_k=4),
     "vision_frozen": change("train", trainable=("connector/.*", "llm/.*")),
     "connector_only": change("train", trainable=("connector/.*",)),
     "vision_only": change("train", trainable=("vision/.*",)),

@@ -14,6 +14,8 @@ from tests.conftest import tiny_config
         ({}, 32),  # One record a sequence: all of it.
         ({"max_tiles": 3, "record_tiles": 1}, 8 + 8),  # 32 - 3 x 8 of text
         ({"max_tiles": 3, "record_tiles": 3}, 32),
+        # Full tiles would be more than a sequence, and text may be all but a few tokens of it.
+        ({"max_tiles": 6, "record_tiles": 1, "blank_contrast": 9}, 32),
     ],
     ids=str,
 )

@@ -34,6 +34,13 @@ def test_it_is_that_of_the_sequences_that_are_built(demo_config, packing):
     assert found.tiles == pytest.approx(real.tiles, abs=0.08)
 
 
+@pytest.mark.parametrize("changes", [{"blank_contrast": 24}, {"answer_unit": "letter"}])
+def test_patches_that_are_left_out_and_letters_are_in_no_index(demo_config, changes):
+    data = dataclasses.replace(demo_config.data, **changes)
+    assert padding.used(demo_config.data, demo_config.model, demo_config.tokens_per_tile)
+    assert padding.used(data, demo_config.model, demo_config.tokens_per_tile) is None
+
+
 @pytest.mark.parametrize("step", [1, 2], ids=["all", "every_second"])
 @pytest.mark.parametrize(
     ("weight", "cap"), [(0.0, 0), (1.0, 4)], ids=["source_left_out", "source_capped"]

@@ -104,16 +104,62 @@ def test_a_baseline_joins_the_tables_that_are_asked_the_same():
 
 def test_tables_stand_in_the_place_that_is_marked(tmp_path):
     document = tmp_path / "results.md"
-    document.write_text(f"before\n{compare_tables.BEGIN}\nold\n{compare_tables.END}\nafter\n")
+    begin, end = "<!-- the place -->", "<!-- end of the place -->"
+    document.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     for text in ("new", "newer"):
-        compare_tables.put(document, text)
-    assert document.read_text() == (
-        f"before\n{compare_tables.BEGIN}\n\nnewer\n\n{compare_tables.END}\nafter\n"
-    )
+        compare_tables.put(document, text, "the place")
+    assert document.read_text() == (f"before\n{begin}\n\nnewer\n\n{end}\nafter\n")
     document.write_text("no place")
-    with pytest.raises(UserError, match=r"needs a line <!-- make compare -->"):
-        compare_tables.put(document, "text")
+    with pytest.raises(UserError, match=r"needs a line <!-- the place -->"):
+        compare_tables.put(document, "text", "the place")
     assert document.read_text() == "no place"
+
+
+def settings() -> dict[str, list[Row]]:
+    """Two settings with the same rows, and the second has one more."""
+    return {"vocabulary_1024": [MLP, ALIGN], "vocabulary_128": [ALIGN, MLP, Row("x", MLP.runs)]}
+
+
+def test_settings_of_one_comparison_have_an_overview():
+    found = compare.settings(settings())
+    assert list(found) == ["vocabulary_128", "vocabulary_1024"], "by number"
+    assert [list(rows) for rows in found.values()] == [["align", "mlp"]] * 2
+    text = compare_tables.markdown(settings())
+    clean, noisy = cells(text, "vocabulary 128")
+    assert clean == ["0.600 (0.500 to 0.700)", "0.400 (0.300 to 0.500)"]
+    assert noisy == ["0.300 (0.250 to 0.350)", "0.200 (0.150 to 0.250)"]
+    # Tables of `make compare` are about one thing each, and a baseline is in several.
+    assert compare.settings(TABLES) == {}
+    assert compare.settings({"connectors": [ALIGN, MLP], "parts": [ALIGN]}) == {}
+    assert compare_tables.markdown(TABLES).startswith("### Connectors")
+
+
+def test_the_overview_is_drawn(tmp_path):
+    page = compare_figures.build(settings(), tmp_path).read_text()
+    assert page.count("data:image/png;base64,") == 7
+    assert (tmp_path / "overview.png").read_bytes().startswith(b"\x89PNG")
+    headings = [f"<h2>{title}</h2>" for title in ("ANLS by setting, noise of 1", "Vocabulary 128")]
+    assert 0 < page.index(headings[0]) < page.index(headings[1])
+
+
+def test_letters_stand_in_a_table_where_they_were_measured():
+    fields = {"centred_equal": 0.75, "centred_different": -0.125}
+    fields |= {"clean": {"margin": 0.5, "own": 0.9}, "noisy": {"margin": 0.25, "own": 0.6}}
+    rows = [
+        Row(
+            row.name,
+            tuple(
+                dataclasses.replace(run, analyses={**run.analyses, "separation": fields})
+                for run in row.runs
+            ),
+        )
+        for row in (ALIGN, MLP)
+    ]
+    values = ["0.750", "-0.125", "0.500", "0.250", "0.900", "0.600"]
+    text = compare_tables.letters("Letters", rows).markdown()
+    assert cells(text, "align") == [["4.0", *values]] and cells(text, "mlp") == [["–", *values]]
+    assert "visual tokens of letters" in compare_tables.markdown({"connectors": rows})
+    assert "visual tokens of letters" not in compare_tables.markdown(TABLES)
 
 
 def test_the_report_holds_all_pictures_and_tables(tmp_path):
@@ -140,7 +186,13 @@ def compared(trained_workdir, tmp_path):
         config = dataclasses.replace(
             config,
             train=dataclasses.replace(config.train, num_steps=7),
-            data=dataclasses.replace(config.data, validation_split="unseen_fonts"),
+            data=dataclasses.replace(
+                config.data,
+                validation_split="unseen_fonts",
+                min_token_height=0.0,
+                min_contrast=0,
+                full_cover=0.1,
+            ),
         )
         (run / "config.json").write_text(json.dumps(config_lib.to_json((config,))))
         metadata = next((run / "checkpoints" / "7").rglob("metadata/metadata"))
@@ -166,10 +218,21 @@ def test_runs_are_measured_once(compared, monkeypatch):
         *compare.RELATIVE_SIGMAS,
     ]
     assert len(row.values("anls")) == 1 and row.analysis("vocabulary")
+    assert not row.analysis("separation"), "a page here shows too few letters"
     # What other commands leave is not taken for a measurement.
     (runs[0] / "summary.json").write_text('{"anls": 9.0}')
     (runs[0] / "analysis" / "noise.json").write_text("{}")
     assert compare.read(runs[:1])["connectors"] == [row]
+
+
+def test_letters_are_measured_where_pages_show_them(compared, monkeypatch):
+    found = {"num_letters": 2}
+    monkeypatch.setattr(compare.separation, "tells_letters", lambda letters: True)
+    monkeypatch.setattr(compare.separation, "measure", lambda *args, **kwargs: found)
+    [run, _] = compare.find(compared)
+    compare.measure(run)
+    [row] = compare.read([run])["connectors"]
+    assert row.analysis("separation") == [found]
 
 
 def test_questions_are_asked_anew_of_other_documents(compared, monkeypatch):

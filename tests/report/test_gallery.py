@@ -59,5 +59,20 @@ def test_one_of_each_verdict_before_a_second():
 def test_errors_are_spelled_against_the_closest_answer():
     (example,) = gallery.choose({"a": result("a", 0, 1, 0)})
     assert example.closest_answer() == "4521"
-    assert example.spelled() == [("4", True), ("x", False), ("21", True)]
+    says, truth = example.spelled()
+    assert says == [("4", True), ("x", False), ("21", True)]
+    assert truth == [("4", True), ("5", False), ("21", True)]
     assert example.record_id == "a-0"
+
+
+def test_what_an_answer_leaves_out_is_told_in_the_truth():
+    row = {"id": "a/0", "prediction": "Debin!", "answers": ["Debian"]}
+    says, truth = gallery.Example("a", "near", row).spelled()
+    assert says == [("Debi", True), ("n", True), ("!", False)]
+    assert truth == [("Debi", True), ("a", False), ("n", True)]
+
+
+def test_a_new_line_in_the_place_of_a_space_is_no_error():
+    row = {"id": "a/0", "prediction": "a b", "answers": ["a\nb"]}
+    says, truth = gallery.Example("a", "right", row).spelled()
+    assert says == [("a b", True)] and truth == [("a\nb", True)]

@@ -15,6 +15,7 @@ from alignvlm_jax.benchmarks import predictions, scores
 from alignvlm_jax.benchmarks.runner import choose_questions
 from alignvlm_jax.data import index, prepared
 from alignvlm_jax.data.shards import RecordSource
+from alignvlm_jax.data.tasks import TRANSCRIBE_QUESTION
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading
 from alignvlm_jax.pictures import html as pages
@@ -170,6 +171,55 @@ def test_few_answers_claim_no_interval(workdir, count, is_right, headline, shown
     text = text_of(run.build(workdir).read_text())
     assert f"{headline} on validation" in text
     assert shown in text and "± 0.000" not in text
+
+
+def test_transcriptions_show_their_character_error_rate(workdir):
+    asked = {"crops": TRANSCRIBE_QUESTION, "tables": "Who?"}
+    for split, question in asked.items():
+        header = {"split": split, "blind": False, "step": 7}
+        writer = predictions.Writer(predictions.path_of(workdir, split, False), header)
+        row = {"id": "0", "record": 0, "kind": "crop", "question": question, "answers": ["abcd"]}
+        is_cut = split == "crops"
+        writer.append([row | {"prediction": "abc", "score": 0.75, "exact": 0.0, "is_cut": is_cut}])
+        writer.publish()
+    text = text_of(run.build(workdir).read_text())
+    assert "Exact CER Blank page" in text
+    assert "crops 1 0.750 (1) 0.000 (1) 0.250 –" in text
+    assert "tables 1 0.750 (1) 0.000 (1) – –" in text
+    assert "On crops 1 of 1 answers were cut" in text and "On tables" not in text
+    predictions.path_of(workdir, "crops", False).unlink()
+    assert "CER" not in text_of(run.build(workdir).read_text())
+
+
+def test_of_many_splits_the_headline_names_the_first(workdir):
+    """The table has all: a headline of nine would be a paragraph."""
+    for number, split in enumerate(("a", "b", "c", "d", "e")):
+        for blind in (False, True):
+            header = {"split": split, "blind": blind, "step": 7}
+            writer = predictions.Writer(predictions.path_of(workdir, split, blind), header)
+            row = {"id": "0", "record": 0, "kind": "crop", "question": TRANSCRIBE_QUESTION}
+            score = {"score": number / 10 if blind else 0.75, "exact": 0.0}
+            writer.append([row | {"answers": ["abcd"], "prediction": "abc"} | score])
+            writer.publish()
+    text = text_of(run.build(workdir).read_text())
+    assert "25 errors in 100 characters on a A vision encoder" in text
+    assert "ANLS, e 0.750" in text and "Exact, a" not in text
+    # Of what can be guessed the most counts.
+    assert "ANLS, blank page, at most 0.400" in text
+    # An answer that repeats itself has more errors than there are characters.
+    header = {"split": "a", "blind": False, "step": 7}
+    writer = predictions.Writer(predictions.path_of(workdir, "a", False), header)
+    writer.append([row | {"answers": ["abcd"], "prediction": "abcd" * 4} | score])
+    writer.publish()
+    assert "300 errors in 100 characters on a" in text_of(run.build(workdir).read_text())
+    for split in "de":
+        predictions.path_of(workdir, split, False).unlink()
+    text = text_of(run.build(workdir).read_text())
+    assert "0 of 1 answers are exact on a, 0 of 1 on b and 0 of 1 on c" in text
+    assert "Exact, a" in text
+    for split in "abcde":
+        predictions.path_of(workdir, split, True).unlink()
+    assert "ANLS, blank page – Scores" in text_of(run.build(workdir).read_text())
 
 
 def test_scores_of_other_data_name_their_folder(workdir, trained_workdir):

@@ -11,7 +11,7 @@ from jaxtyping import TypeCheckError, jaxtyped
 
 from alignvlm_jax import shapes
 from alignvlm_jax.models.layers import RMSNorm, apply_rope
-from alignvlm_jax.ops.attention import causal_mask
+from alignvlm_jax.ops.attention import same_segment
 from alignvlm_jax.ops.cross_entropy import TokenLosses
 from alignvlm_jax.ops.layer_norm import layer_norm
 from alignvlm_jax.ops.vocab_average import Norm, vocab_logits
@@ -35,7 +35,7 @@ def zeros(*shape: int, dtype=np.float32) -> np.ndarray:
     [
         lambda: layer_norm(zeros(2, 3), zeros(3), zeros(4), 1e-6),
         lambda: layer_norm(zeros(2, 3, dtype=int), zeros(3), zeros(3), 1e-6),
-        lambda: causal_mask(zeros(2, 3)),
+        lambda: same_segment(zeros(2, 3), zeros(2, 3)),
         lambda: apply_rope(zeros(1, 2, 3, 8), zeros(1, 2, dtype=int), zeros(3)),
         # The fields of a named tuple, and a module of flax.
         lambda: vocab_logits(zeros(2, 3), zeros(3, 5), Norm(zeros(5), zeros(4), 1e-6)),

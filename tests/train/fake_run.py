@@ -186,7 +186,9 @@ _DRAWN: dict[tuple, dict] = {}
 
 
 def _compile_steps(model, config: Config, *args) -> tuple:
-    key = repr(dataclasses.replace(config, run_id=""))
+    # Where the data are from is no part of a program.
+    data = dataclasses.replace(config.data, dir="", sources={}, tokenizer="")
+    key = repr(dataclasses.replace(config, run_id="", stage="", data=data))
     if key not in _COMPILED:
         _COMPILED[key] = _COMPILE_STEPS(model, config, *args)
     return _COMPILED[key]

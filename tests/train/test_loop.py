@@ -73,6 +73,8 @@ def straight(tmp_path_factory) -> Path:
         def make_counted(*args):
             inner = make(*args)
 
+            # By its name: that of the program is part of what the compilation cache looks for.
+            @functools.wraps(inner)
             def traced(*inputs):
                 traces[name] += 1
                 return inner(*inputs)

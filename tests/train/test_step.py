@@ -35,7 +35,7 @@ def make(tx=None, connector: str = "align", llm=None, **train_changes):
     with mesh_lib.use(mesh):
         abstract = state.abstract_state(model, config.train, tx, mesh)
         trainable = state.trainable_paths(config.train, config.stage, abstract.params)
-        compiled, _ = step.compile_steps(model, config, tx, abstract, mesh)
+        compiled = step.lower_train_step(model, config, tx, abstract, mesh).compile()
         drawn = random_params(model, random_batch(config))
         put = lambda x, like: jax.device_put(x, like.sharding)  # noqa: E731
 

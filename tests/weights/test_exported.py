@@ -368,24 +368,50 @@ def test_a_part_of_a_model_is_no_model(workdir, tmp_path):
         export_to(tmp_path / "b", workdir, "--format=transfromers")
 
 
-def test_an_export_keeps_how_pages_are_cut_and_transformers_knows_a_grid_alone(
-    trained_workdir, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [
+        ("tiling", "lines", "'lines' is not exported: .* grid"),
+        ("blank_contrast", 9, "9 is .* every"),
+    ],
+)
+def test_an_export_keeps_how_pages_are_read_and_transformers_knows_a_grid_alone(
+    trained_workdir, tmp_path, monkeypatch, capsys, field, value, why
 ):
     config = restore.load_config(trained_workdir)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tiling="lines"))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **{field: value}))
     monkeypatch.setattr(restore, "load_config", lambda *args: config)
     exports.write_workdir(tmp_path / "run", trained_workdir, "align")
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r"^config\.data\.tiling 'lines' is not exported: .* grid"):
+    with pytest.raises(UserError, match=rf"^config\.data\.{field} {why}"):
         export_to(tmp_path / "a", tmp_path / "run", "--format=transformers")
     assert not (tmp_path / "a").exists()
     out = export_to(tmp_path / "out", tmp_path / "run")
-    assert loading.load_config(out).data.tiling == "lines"
+    assert getattr(loading.load_config(out).data, field) == value
     # A page without lines is one tile; a grid would cut it into two.
     Image.new("RGB", (16, 16), "white").save(tmp_path / "page.png")
     capsys.readouterr()
     generate.main([f"--checkpoint={out}", f"--image={tmp_path / 'page.png'}", "--question=Who?"])
-    assert "16 x 16 pixels, 1 tile\n" in capsys.readouterr().err
+    tiles = {"tiling": "1 tile", "blank_contrast": "2 tiles"}[field]
+    assert f"16 x 16 pixels, {tiles}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", export.LAYOUTS)
+def test_an_export_says_answers_in_the_unit_of_its_training(
+    trained_workdir, tmp_path, monkeypatch, layout
+):
+    config = restore.load_config(trained_workdir)
+    data = dataclasses.replace(config.data, answer_unit="letter")
+    monkeypatch.setattr(
+        restore, "load_config", lambda *args: dataclasses.replace(config, data=data)
+    )
+    exports.write_workdir(tmp_path / "run", trained_workdir, "align")
+    monkeypatch.undo()
+    out = export_to(tmp_path / "out", tmp_path / "run", f"--format={layout}")
+    assert loading.load_config(out).data.answer_unit == "letter"
+    name = "processor_config.json" if layout == "transformers" else exported.FILE
+    told = json.loads((out / name).read_text())
+    assert told.get("input", told)["answer_unit"] == "letter"
 
 
 def test_a_run_cannot_start_from_an_export_and_says_what_can(out):

@@ -1,8 +1,10 @@
 """Tokenizers trained on the spot, with the special tokens of the model families."""
 
 import base64
+import io
 from pathlib import Path
 
+import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 CORPUS = [
@@ -33,6 +35,18 @@ def write_chatml(
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     return tokenizer
+
+
+def write_sentencepiece(folder: Path) -> bytes:
+    """Writes the tokenizer.model of a SentencePiece BPE that puts a space before every text; returns
+    its content."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=340, model_type="bpe", byte_fallback=True,
+        hard_vocab_limit=False, minloglevel=2, normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return model.getvalue()
 
 
 def write_tiktoken(path: Path) -> None:

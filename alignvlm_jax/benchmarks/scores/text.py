@@ -43,6 +43,23 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
     return float(normalize(prediction) in map(normalize, answers))
 
 
+def character_errors(prediction: str, answers: Sequence[str]) -> tuple[int, int]:
+    """Returns the edit distance of a prediction to the closest answer, and that one's length, in
+    characters, with single spaces for all white space; case counts.
+
+    The character error rate of questions is the sum of the first over that of the second, which may
+    exceed 1.
+
+    Raises:
+      ValueError: `answers` is empty.
+    """
+    told = " ".join(prediction.split())
+    references = [" ".join(answer.split()) for answer in answers]
+    pairs = [(Levenshtein.distance(told, reference), len(reference)) for reference in references]
+    # Closest in relation to its length; an empty answer has none, and every edit is too much.
+    return min(pairs, key=lambda pair: pair[0] / max(pair[1], 1))
+
+
 # "sorry" in upper or lower case, "I can't" only as it is spelled here.
 REFUSAL = re.compile("I can't|I cannot|(?i:sorry)")
 # Words, and single marks of punctuation.

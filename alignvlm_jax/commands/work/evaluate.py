@@ -78,6 +78,8 @@ def _evaluate_splits(args: argparse.Namespace) -> None:
     console = Console(highlight=False)
     console.print(f"{loaded.path}: connector {loaded.config.model.connector.name}")
     console.print(_table(evaluation.splits, results))
+    for split in evaluation.splits:
+        _say_what_is_cut(console, split, results[split, False])
     _print_written(console, args.checkpoint)
 
 
@@ -215,6 +217,7 @@ def _hand_in(console: Console, checkpoint: Path, task: tasks.Task, result: Predi
             f"and score 0; the first: {problems[0]}",
             soft_wrap=True,
         )
+    _say_what_is_cut(console, task.name, result)
     totals = result.statistics()
     if count := totals.sums.get(LEFT_OUT):
         console.print(
@@ -249,19 +252,36 @@ def _with_flags(evaluation: EvalConfig, args: argparse.Namespace) -> EvalConfig:
 
 
 def _table(splits: Sequence[str], results: Mapping[tuple[str, bool], Predictions]) -> Table:
-    """Returns a table of the scores by split, and under each by kind of document."""
+    """Returns a table of the scores by split, and under each by kind of document; with the
+    character error rate where some questions were to transcribe a page."""
     table = Table("documents", box=None)
-    for title in ("questions", "ANLS", "exact match", "ANLS blind"):
+    has_cer = any(results[split, False].character_error_rate() is not None for split in splits)
+    for title in ("questions", "ANLS", "exact match", "ANLS blind", *["CER"] * has_cer):
         table.add_column(title, justify="right")
     for split in splits:
         seen = results[split, False]
         blind = results[split, True]
-        table.add_row(split, *_cells(seen, blind), style="bold")
+        table.add_row(split, *_cells(seen, blind, has_cer), style="bold")
         for kind in seen.kinds():
-            table.add_row(f"  {kind}", *_cells(seen.of_kind(kind), blind.of_kind(kind)))
+            of_kind = _cells(seen.of_kind(kind), blind.of_kind(kind), has_cer)
+            table.add_row(f"  {kind}", *of_kind)
     return table
 
 
-def _cells(seen: Predictions, blind: Predictions) -> list[str]:
-    scores = (seen.mean("score"), seen.mean("exact"), blind.mean("score"))
-    return [str(len(seen.rows)), *(f"{score:.3f}" for score in scores)]
+def _cells(seen: Predictions, blind: Predictions, has_cer: bool) -> list[str]:
+    scores = [seen.mean("score"), seen.mean("exact"), blind.mean("score")]
+    if has_cer:
+        scores.append(seen.character_error_rate())
+    shown = ["-" if score is None else f"{score:.3f}" for score in scores]
+    return [str(len(seen.rows)), *shown]
+
+
+def _say_what_is_cut(console: Console, name: str, result: Predictions) -> None:
+    """Prints how many answers had not come to their end, and are scored as they are."""
+    if count := result.num_cut():
+        limit = result.header["decoding"]["max_new_tokens"]
+        console.print(
+            f"{name}: {count:,} of {len(result.rows):,} answers were cut at "
+            f"max_new_tokens={limit}, and are scored as they are",
+            soft_wrap=True,
+        )

@@ -5,11 +5,10 @@ import dataclasses
 import sys
 
 from alignvlm_jax import logs
-from alignvlm_jax.data import tiling
 from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.errors import counted
 from alignvlm_jax.inference import loading
-from alignvlm_jax.inference.assistant import Assistant
+from alignvlm_jax.inference.assistant import Assistant, reading_prompts
 from alignvlm_jax.inference.decoding import Decoding
 
 
@@ -27,20 +26,25 @@ def run(args: argparse.Namespace) -> None:
         page = loading.load_page(args.checkpoint, args.image, args.page)
     tokenizer = loading.load_tokenizer(args.checkpoint, config.data, config.model)
     builder = ExampleBuilder.of(config, tokenizer)
-    for question in args.question:
-        builder.prompt(page, question)
+    if args.question:
+        shown = [builder.prompt(page, question) for question in args.question][:1]
+    else:
+        shown = reading_prompts(builder, page)
     loaded = loading.load(args.checkpoint, config)
     seen = "no image"
     if page:
-        num_tiles = len(tiling.tile_page(page, config.model.vision, config.data).pixels)
+        num_tiles = sum(map(builder.num_tiles, shown))
         seen = f"{page.width} x {page.height} pixels, {counted(num_tiles, 'tile')}"
     print(f"{loaded.path}: {seen}", file=sys.stderr)
     with loading.programs_kept(args.checkpoint):
         assistant = Assistant(loaded, warn=logs.say)
-        answers = assistant.answer(
-            page, args.question, max_new_tokens=args.max_new_tokens, **decoding
-        )
-    for question, answer in zip(args.question, answers, strict=True):
+        if args.question:
+            answers = assistant.answer(
+                page, args.question, max_new_tokens=args.max_new_tokens, **decoding
+            )
+        else:
+            answers = [assistant.read(page, max_new_tokens=args.max_new_tokens)]
+    for question, answer in zip(args.question or [""], answers, strict=True):
         if len(answers) > 1:
             # Flushed, so that each stands above its answer.
             print(question, file=sys.stderr, flush=True)

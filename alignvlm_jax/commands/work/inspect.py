@@ -15,6 +15,7 @@ from rich.table import Table
 
 from alignvlm_jax import logs, presets, storage
 from alignvlm_jax.analysis import base
+from alignvlm_jax.analysis import shown as shown_lib
 from alignvlm_jax.analysis.base import Analysis
 from alignvlm_jax.config import Config, DataConfig, LLMConfig, ModelConfig, TrainConfig
 from alignvlm_jax.data import filesystem, index, shards, stage_data, tokenizers
@@ -161,6 +162,8 @@ def analyse(chosen: Analysis, args: argparse.Namespace, argv: list[str]) -> None
     base.check_splits(config.data, config.eval, args)
     if chosen.needs_distribution:
         patch_tokens.check(config.model)
+    if chosen.needs_token_per_patch:
+        shown_lib.check(config.model)
     chosen.check(config, args)
     loaded = base.with_num_questions(loading.load(args.checkpoint, config), args)
     try:

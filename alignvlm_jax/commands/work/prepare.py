@@ -12,11 +12,10 @@ from alignvlm_jax.ingest import executors, job, staging, summary
 from alignvlm_jax.ingest.formats import REGISTRY, survey
 
 
-def documents(args: argparse.Namespace) -> None:
-    """Prepares the rendered documents of the demonstration."""
-    # Imported here: its packages are not in the base install, and nothing else needs them.
-    from alignvlm_jax.synthetic import demonstration
-    from alignvlm_jax.synthetic import documents as documents_lib
+def drawn(args: argparse.Namespace) -> None:
+    """Prepares a data set that is drawn: the demonstration's documents, or the reader's lines."""
+    # Imported here: their packages are not in the base install, and nothing else needs them.
+    from alignvlm_jax.synthetic import demonstration, drawn, reader
 
     started = time.monotonic()
     arguments = {
@@ -24,14 +23,14 @@ def documents(args: argparse.Namespace) -> None:
         for name, value in vars(args).items()
         if name not in ("out", "num_workers", "recount", "overwrite")
     }
-    if not demonstration.prepare(Path(args.out), arguments, args.num_workers, args.overwrite):
+    kind = {"documents": demonstration, "crops": reader}[args.format]
+    data = kind.data_set(arguments)
+    if not drawn.prepare(Path(args.out), data, args.num_workers, args.overwrite):
         print(f"{args.out} is ready: prepared with these arguments before")
         return
     _print_lines(staging.drop_drawn(Path(args.out)))
-    sizes = ", ".join(
-        f"{split} {demonstration.size(split, arguments)}" for split in documents_lib.SPLITS
-    )
-    print(f"{args.out}: documents by split: {sizes}; {time.monotonic() - started:.0f} s")
+    sizes = ", ".join(f"{split} {size}" for split, size in data.sizes.items())
+    print(f"{args.out}: {args.format} by split: {sizes}; {time.monotonic() - started:.0f} s")
 
 
 def source(args: argparse.Namespace, beam_flags: list[str]) -> None:

@@ -14,8 +14,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from alignvlm_jax.config import ConnectorConfig
-from alignvlm_jax.models.connectors.base import Connector, ConnectorOutput, PatchLabels
+from alignvlm_jax.config import ConnectorConfig, LLMConfig, VisionConfig
+from alignvlm_jax.errors import UserError
+from alignvlm_jax.models.connectors.base import (
+    Connector,
+    ConnectorOutput,
+    PatchLabels,
+    check_top_k,
+)
 from alignvlm_jax.models.decoder import lm_head
 from alignvlm_jax.models.layers import Einsum, LayerNorm
 from alignvlm_jax.ops.chunked import columns_per_chunk
@@ -28,6 +34,8 @@ class Align(Connector):
     """The ALIGN connector.
 
     In a model pruned to a vocabulary subset, the softmax is over the subset, and LN_2 over all.
+    With `top_k` a visual token is the average over the likeliest entries, in a pruned model over
+    those of the subset; the patch loss and `probabilities` stay over all.
     """
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,12 +49,24 @@ class Align(Connector):
         embed_grad: Literal["live", "stop"] = "live"
         # "linear": the span of the text embeddings, not their hull
         weights: Literal["softmax", "linear"] = "softmax"
+        # likeliest entries that a visual token is the average of, renormalised; 0: all
+        top_k: int = dataclasses.field(default=0, metadata={"at_least": 0})
 
     @staticmethod
     def init_from_llm(llm: dict[str, Any], options: Options) -> dict[str, Any]:
         """Returns W2 [D, V] as a copy of the LM head; nothing where the options initialise it at
         random."""
         return {"w2": {"kernel": lm_head(llm)}} if options.w2_init == "lm_head" else {}
+
+    @staticmethod
+    def check(vision: VisionConfig, llm: LLMConfig, options: Options) -> None:
+        """Raises UserError where `top_k` is more than the vocabulary, or weights have no order."""
+        check_top_k(options.top_k, llm.unpadded_vocab_size, "the language model's vocabulary")
+        if options.top_k and options.weights == "linear":
+            raise UserError(
+                f"config.model.connector.top_k is {options.top_k} and weights 'linear', which may "
+                "be negative: none is likeliest; set top_k=0 or weights='softmax'"
+            )
 
     @classmethod
     def has_probabilities(cls, options: Options) -> bool:
@@ -126,6 +146,8 @@ class Align(Connector):
             unpadded_vocab_size=c.llm.unpadded_vocab_size,
             subset=self.vocabulary_subset(),
             linear=self.options.weights == "linear",
+            top_k=self.options.top_k,
+            kept_ids=self.kept_entries(x_ND.shape[0]),
             chunk=columns_per_chunk(
                 c.vocab_impl, c.chunk_size_mib, x_ND.shape[0], c.llm.vocab_size
             ),

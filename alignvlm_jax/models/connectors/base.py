@@ -15,14 +15,19 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from alignvlm_jax.config import ConnectorConfig, LLMConfig, ModelConfig, VisionConfig
+from alignvlm_jax.errors import UserError
 from alignvlm_jax.shapes import Array, Bool, Float, Int
 
 VOCABULARY_SUBSET = ("pruning", "kept_words")
 """Collection and name of the variable that holds the vocabulary entries that patches may have, bool
 [V].
 
-It is a connector's only variable that is no parameter. It exists in pruned models alone
-(`vlm.pruning`)."""
+It is no parameter. It exists in pruned models alone (`vlm.pruning`)."""
+
+KEPT_ENTRIES = ("pruning", "kept_entries")
+"""Collection and name of the variable that holds the vocabulary entries that each patch of a tile
+keeps in the place of its likeliest, int [P, k]; -1 is none. It is no parameter either
+(`vlm.keeping`)."""
 
 
 class PatchLabels(NamedTuple):
@@ -115,6 +120,12 @@ class Connector(nn.Module):
         # Without the collection, that is in a model that is not pruned, Flax gives None.
         return self.get_variable(*VOCABULARY_SUBSET)
 
+    def kept_entries(self, num_patches: int) -> Int[Array, "N k"] | None:
+        """Returns the vocabulary entries that each patch keeps, of patches of whole tiles; None
+        where none are given."""
+        kept_Pk = self.get_variable(*KEPT_ENTRIES)
+        return None if kept_Pk is None else jnp.tile(kept_Pk, (num_patches // len(kept_Pk), 1))
+
     @staticmethod
     def no_loss(features: Float[Array, "N E"]) -> Float[Array, "N"]:
         """Returns the patch loss where there are no labels: zeros."""
@@ -146,6 +157,28 @@ class Connector(nn.Module):
         return cls.probabilities is not Connector.probabilities
 
     @classmethod
+    def has_patch_tokens(cls) -> bool:
+        """Returns whether the n-th visual token of a tile is that of its n-th patch: it is known
+        what it shows, and one can be left out."""
+        # Not by numbers: a resampler may have as many latents as there are patches.
+        return cls.num_tokens is Connector.num_tokens
+
+    @classmethod
     def has_patch_loss(cls) -> bool:
         """Returns whether the connector learns from patch labels."""
         return cls.patch_nll is not Connector.patch_nll
+
+
+def check_top_k(top_k: int, num_entries: int, vocabulary: str) -> None:
+    """Raises UserError where a distribution has fewer entries than an option `top_k`.
+
+    Args:
+      top_k: the option; 0 stands for all.
+      num_entries: what a patch has a distribution over.
+      vocabulary: their name in the message.
+    """
+    if top_k > num_entries:
+        raise UserError(
+            f"config.model.connector.top_k is {top_k}, and {vocabulary} has {num_entries:,} "
+            f"entries: at most {num_entries}, or 0 for all"
+        )

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from flax import linen as nn
 
-from alignvlm_jax.config import ConnectorConfig
-from alignvlm_jax.models.connectors.base import Connector
+from alignvlm_jax.config import ConnectorConfig, LLMConfig, VisionConfig
+from alignvlm_jax.models.connectors.base import Connector, check_top_k
 from alignvlm_jax.models.layers import Einsum, LayerNorm
 from alignvlm_jax.ops.chunked import columns_per_chunk
 from alignvlm_jax.ops.vocab_average import Norm, vocab_average
@@ -33,10 +33,17 @@ class Ovis(Connector):
         """Defaults are those of the release."""
 
         visual_vocab_size: int = 131072  # rows of the learned table
+        # likeliest rows that a visual token is the average of, renormalised; 0: all
+        top_k: int = dataclasses.field(default=0, metadata={"at_least": 0})
 
         def tensor_sizes(self) -> Mapping[str, int]:
             """Returns the table's number of rows, which are split along `tensor`."""
             return {"visual_vocab_size": self.visual_vocab_size}
+
+    @staticmethod
+    def check(vision: VisionConfig, llm: LLMConfig, options: Options) -> None:
+        """Raises UserError where `top_k` is more than the learned table has rows."""
+        check_top_k(options.top_k, options.visual_vocab_size, "the learned table")
 
     def setup(self) -> None:
         c = self.config
@@ -61,6 +68,7 @@ class Ovis(Connector):
             self.head.kernel,
             self.table,
             Norm(self.norm.scale, self.norm.bias, self.norm.eps),
+            top_k=self.options.top_k,
             chunk=columns_per_chunk(c.vocab_impl, c.chunk_size_mib, features.shape[0], size),
         )
         return tokens_ND

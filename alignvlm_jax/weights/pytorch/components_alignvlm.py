@@ -77,13 +77,18 @@ def encode(p, c, pixels):
     return p.layer_norm("final_norm", x, eps)
 
 
-def vocabulary_average(x, head, table, norm, is_linear=False):
-    """Averages of the rows of a table [V, D], weighted by softmax(norm(x head)), for rows x."""
+def vocabulary_average(x, head, table, norm, is_linear=False, top_k=0):
+    """Averages of the rows of a table [V, D], weighted by softmax(norm(x head)), for rows x; with
+    `top_k` of its likeliest rows alone."""
     # In float32 up to the weights, whatever the type of the model.
     out = []
     # Of a page all distributions at once would take gigabytes.
     for rows in x.split(ROWS):
         logits = norm((rows @ head).float())
+        if top_k:
+            logits, ids = logits.topk(top_k)
+            out.append((logits.softmax(-1).to(table)[:, None] @ table[ids])[:, 0])
+            continue
         # Linear weights are of any sign: averages leave the hull of the table's rows.
         weights = logits / logits.shape[-1] ** 0.5 if is_linear else logits.softmax(-1)
         out.append(weights.to(table) @ table)
@@ -101,14 +106,17 @@ def align(p, c, features, table):
             f"the connector averages {head.shape[1]} tokens, and {len(table)} are left"
         )
     # Tokens that were added since have no weight.
-    return vocabulary_average(x, head, table[: head.shape[1]], norm, is_linear)
+    table = table[: head.shape[1]]
+    return vocabulary_average(x, head, table, norm, is_linear, c.options["top_k"])
 
 
 def ovis(p, c, features, table):
     def norm(z):
         return p.layer_norm("norm", z, c.eps)
 
-    return vocabulary_average(features.flatten(0, 1), p.get("head.kernel"), p.get("table"), norm)
+    x = features.flatten(0, 1)
+    head = p.get("head.kernel")
+    return vocabulary_average(x, head, p.get("table"), norm, top_k=c.options["top_k"])
 
 
 def mlp(p, c, features, table):

@@ -258,8 +258,9 @@ class AlignVLMProcessor(ProcessorMixin):
             kind = "assistant" if f["earlier_assistant"] is None else "earlier_assistant"
             strip = STRIPS[f["answer_strip" if kind == "assistant" else "earlier_strip"]]
             prompt, last = self._prompt(start, told, earlier, f[kind], image)
-            reply = f["before_answer"] + strip(answer) + f["after_answer"]
-            ids += [*prompt, *self._after(last, reply), self.tokenizer.special_tokens[f["end"]]]
+            is_spelled = num_image_tokens and self.settings.get("answer_unit") == "letter"
+            reply = self._reply(last, strip(answer), is_spelled)
+            ids += [*prompt, *reply, self.tokenizer.special_tokens[f["end"]]]
             # The page stands in the first turn, and what the model is told before it.
             start = f["after"]
             told = ""
@@ -289,6 +290,25 @@ class AlignVLMProcessor(ProcessorMixin):
         ids[place:place] = image
         last = tail[-1] if tail else text
         return [*self._ids(head), *ids, *self._ids(tail)], last if isinstance(last, str) else ""
+
+    def _reply(self, last, answer, is_spelled):
+        """Ids of an answer and of what the model says around it."""
+        f = self.settings["chat_format"]
+        if not is_spelled:
+            return self._after(last, f["before_answer"] + answer + f["after_answer"])
+        encode = self.tokenizer.encode
+        spelled = self._spelled(answer)
+        return [*encode(f["before_answer"]), *spelled, *encode(f["after_answer"])]
+
+    def _spelled(self, text):
+        """Ids of a text letter by letter, with a space before it, if there is such a token."""
+        ids = []
+        while text:
+            spaced = self.tokenizer.encode(text[:2]) if text[0] == " " else []
+            is_one = len(spaced) == 1
+            ids += spaced if is_one else self.tokenizer.encode(text[0])
+            text = text[1 + is_one :]
+        return ids
 
     def _after(self, prefix, text):
         """Ids of a text that stands right after another, whose own ids stay as they are."""

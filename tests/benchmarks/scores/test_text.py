@@ -68,3 +68,32 @@ def test_anls_equals_the_package_anls_but_at_its_threshold():
 def test_no_accepted_answer_is_an_error():
     with pytest.raises(ValueError):
         scores.anls("a", [])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "errors"),
+    [
+        ("Read the page.", ["Read the page."], (0, 14)),
+        ("Read  the\npage.", ["Read the page.\n"], (0, 14)),  # all white space is a space
+        ("read the page", ["Read the page."], (2, 14)),  # case and punctuation count
+        ("", ["Read"], (4, 4)),
+        ("Read it twice", ["Read"], (9, 4)),  # more errors than characters
+        ("cat", ["bats at all", "car"], (1, 3)),  # the closest answer
+        ("a", [""], (1, 0)),
+        ("é", ["e"], (1, 1)),
+    ],
+)
+def test_character_errors(prediction, answers, errors):
+    assert scores.character_errors(prediction, answers) == errors
+
+
+def test_character_errors_agree_with_the_textbook():
+    for prediction, answers in random_pairs(200, 1):
+        told, answer = (" ".join(text.split()) for text in (prediction, answers[0]))
+        row = list(range(len(answer) + 1))
+        for i, a in enumerate(told):
+            above = row
+            row = [i + 1]
+            for j, b in enumerate(answer):
+                row.append(min(above[j + 1] + 1, row[j] + 1, above[j] + (a != b)))
+        assert scores.character_errors(prediction, answers) == (row[-1], len(answer))

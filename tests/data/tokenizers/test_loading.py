@@ -1,7 +1,6 @@
 """Tokenizers of published models behind the one interface, against the libraries that define
 them."""
 
-import io
 import pickle
 
 import pytest
@@ -12,7 +11,7 @@ from alignvlm_jax.data import chat, chat_template, tokenizers
 from alignvlm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from alignvlm_jax.data.tokenizers.tiktoken import PATTERN, SPECIAL_TOKENS
 from alignvlm_jax.errors import UserError
-from tests.weights.tokenizers import AWKWARD, CORPUS, write_chatml, write_tiktoken
+from tests.weights.tokenizers import AWKWARD, write_chatml, write_sentencepiece, write_tiktoken
 
 
 @pytest.fixture(params=["huggingface", "tiktoken", "sentencepiece"])
@@ -33,13 +32,8 @@ def tokenizer_and_reference(request, tmp_path):
             "x", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
         )
         return tokenizers.load(tmp_path), lambda text: reference.encode(text)
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=340, model_type="bpe", byte_fallback=True,
-        hard_vocab_limit=False, minloglevel=2, normalization_rule_name="identity", remove_extra_whitespaces=False,
-    )  # fmt: skip
-    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
-    reference = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    content = write_sentencepiece(tmp_path)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=content)
     return tokenizers.load(tmp_path), reference.encode
 
 

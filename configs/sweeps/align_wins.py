@@ -1,0 +1,110 @@
+"""The runs of `make align-wins`: in which settings ALIGN beats other connectors, and by what.
+
+ALIGN, ALIGN with patch labels, MLP and Ovis in settings that differ from the paper's one at a time,
+named SETTING/CONNECTOR_seedN. They begin with the towers, towers/VOCABULARY, from which the others
+start: all of them in one folder, whose name the sweep has to know.
+
+    vocabulary_N   the language model has N vocabulary entries, 128 (the demonstration's) to 49,152.
+                   The tokenizer stays: entries beyond its own are never written. They are drawn at
+                   the scale of the others, and the language model learns, in the towers, not to say
+                   them. So texts, patches and questions are equal in all, and what is tested is
+                   the size alone: how flat ALIGN starts, how many embeddings span its hull. What
+                   larger tokens would change is not.
+    steps_x3       128 entries, and three times the steps: whether others catch up
+    random_llm_x3  128 entries, three times the steps, and a language model that is initialised: the
+                   encoder alone is pretrained. In fewer steps it would not begin to answer
+
+    configs/sweeps/align_wins.py         everything, with --workdir=runs/align_wins
+    configs/sweeps/align_wins.py:short   a few steps of one seed in every setting, to see that all
+                                         train, with --workdir=runs/align_wins_short
+
+Listed, it says how long it takes by the steps that were measured on 2 cores.
+"""
+
+import sys
+from collections.abc import Iterator
+
+from alignvlm_jax.configs.sweeps import compare
+
+from alignvlm_jax.errors import UserError, nearest
+
+FOLDER = "runs/align_wins"
+CONNECTORS = {
+    name: compare.CONNECTORS[name] for name in ("align", "align_supervised", "mlp", "ovis")
+}
+VOCABULARIES = (128, 1024, 8192, 49152)
+NUM_STEPS = 500
+LLM_OF_ITS_OWN = {"stages.read.train.load": "vision/.*"}
+# The vocabulary of each setting, its steps as a multiple, and what else it changes.
+SETTINGS = {
+    **{f"vocabulary_{size}": (size, 1, {}) for size in VOCABULARIES},
+    "steps_x3": (128, 3, {}),
+    "random_llm_x3": (128, 3, LLM_OF_ITS_OWN),
+}
+TOWER_STAGES = {"stage0_lines": 1000, "stage0_pages": 600, "stage1": 3500}
+SHORT_STEPS = 4
+SHORT = {"train.batch_size": 2, "train.validation_sequences": 2, "eval.num_questions": 8}
+# Seconds of a step by vocabulary, of the towers' stages and of a connector with both towers, on 2
+# cores. Of 128 entries both are measured, of 49,152 that of MLP (1.3); the others are made of these
+# by the arithmetic of the vocabulary.
+SECONDS = {128: (0.1, 0.13), 1024: (0.11, 0.15), 8192: (0.24, 0.33), 49152: (0.97, 1.6)}
+
+
+def sweep(form: str = "whole") -> Iterator[tuple[str, str, dict[str, object]]]:
+    """Yields (name, config, changed fields) of every run.
+
+    Args:
+      form: "whole", or "short" to see that every setting trains.
+
+    Raises:
+      UserError: there is no such form.
+    """
+    forms = ("whole", "short")
+    if form not in forms:
+        raise UserError(f"there is no form {form!r} of the sweep{nearest(form, forms)}")
+    is_short = form == "short"
+    folder = f"{FOLDER}_short" if is_short else FOLDER
+    runs = [*_towers(is_short), *_settings(folder, is_short)]
+    seconds = sum(_seconds(fields) for _, _, fields in runs)
+    print(f"{len(runs)} runs, about {seconds / 60:,.0f} min of steps on 2 cores", file=sys.stderr)
+    yield from runs
+
+
+def _towers(is_short: bool) -> Iterator[tuple[str, str, dict[str, object]]]:
+    for size in VOCABULARIES:
+        fields = {f"stages.{stage}.train.num_steps": steps for stage, steps in TOWER_STAGES.items()}
+        if is_short:
+            fields = dict.fromkeys(fields, SHORT_STEPS) | SHORT
+        yield f"towers/{size}", "configs/compare.py:towers", fields | _vocabulary(size)
+
+
+def _settings(folder: str, is_short: bool) -> Iterator[tuple[str, str, dict[str, object]]]:
+    for seed in compare.SEEDS[:1] if is_short else compare.SEEDS:
+        for setting, (size, times, changes) in SETTINGS.items():
+            steps = times * (SHORT_STEPS if is_short else NUM_STEPS)
+            common = {
+                "init_from": f"{folder}/towers/{size}",
+                "stages.read.train.num_steps": steps,
+                # In-training generation evals at a fifth of the run, as in the comparison.
+                "stages.read.train.generate_every": 0 if is_short else steps // 5,
+                "seed": seed,
+            }
+            if is_short:
+                common |= SHORT
+            for connector, own in CONNECTORS.items():
+                fields = {**own, **common, **changes, **_vocabulary(size)}
+                yield f"{setting}/{connector}_seed{seed}", "configs/compare.py:connectors", fields
+
+
+def _vocabulary(size: int) -> dict[str, object]:
+    """Returns the fields of a vocabulary's size; Ovis has as large a visual one, as released."""
+    return {
+        "model.llm.vocab_size": size,
+        "model.connectors.ovis.visual_vocab_size": size,
+    }
+
+
+def _seconds(fields: dict[str, object]) -> float:
+    of_towers, of_connectors = SECONDS[fields["model.llm.vocab_size"]]
+    steps = sum(value for name, value in fields.items() if name.endswith("num_steps"))
+    return steps * (of_connectors if "init_from" in fields else of_towers)
