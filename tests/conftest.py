@@ -18,6 +18,7 @@ import errno
 import functools
 import gc
 import pathlib
+import re
 import signal
 import zlib
 
@@ -153,6 +154,13 @@ def random_params(module: nn.Module, *args, seed: int = 0, **kwargs) -> dict:
         return (noise + (path[-1].key == "scale")).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, sharding.unbox(boxed))
+
+
+def matmul_dtypes(text: str) -> list[tuple[str, str, str]]:
+    """Returns the element types of both operands and of the result of each matmul of a lowered
+    program."""
+    kind = r"tensor<(?:\d+x)+(\w+)>"
+    return re.findall(rf"stablehlo\.dot_general .*: \({kind}, {kind}\) -> {kind}", text)
 
 
 @pytest.fixture

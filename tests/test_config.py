@@ -854,7 +854,7 @@ def test_a_config_json_from_before_fields_had_to_be_given_is_read():
     del new["train"]["num_records"], new["train"]["answer_weight"]
     del new["train"]["sampled_entries"], new["data"]["label_unit"]
     del new["data"]["label_slope"], new["data"]["tiling"], new["data"]["blank_contrast"]
-    del new["data"]["records_per_sequence"], new["data"]["answer_unit"]
+    del new["data"]["records_per_sequence"], new["data"]["text_unit"]
     del new["train"]["bfloat16_params"], new["optim"]["name"], new["optim"]["moment_dtype"]
     del new["model"]["llm"]["context_length"]
     del new["train"]["grad_reduce_dtype"], new["train"]["offload_optimizer"]
@@ -1008,10 +1008,8 @@ def test_text_lines_have_no_overview_and_no_plan():
         read(data__tiling="lines", data__packing="offline")
     with pytest.raises(UserError, match=r"^config\.data\.blank_contrast 9 cannot be planned; pack"):
         read(data__blank_contrast=9, data__packing="offline")
-    with pytest.raises(
-        UserError, match=r"^config\.data\.answer_unit 'letter' cannot be planned; p"
-    ):
-        read(data__answer_unit="letter", data__packing="offline")
+    with pytest.raises(UserError, match=r"^config\.data\.text_unit 'letter' cannot be planned; p"):
+        read(data__text_unit="letter", data__packing="offline")
     with pytest.raises(UserError, match=r"is 9, and connector 'h_reducer' makes \d+ visual tokens"):
         read(data__blank_contrast=9, model__connector__name="h_reducer")
     # As many tokens as patches are not yet tokens of patches.

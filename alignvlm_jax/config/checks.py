@@ -42,7 +42,7 @@ CHOICES = {
     "optim.moment_dtype": ("float32", "bfloat16"),
     "data.packing": ("none", "offline"),
     "data.tiling": ("grid", "lines"),
-    "data.answer_unit": ("token", "letter"),
+    "data.text_unit": ("token", "letter"),
     "data.label_unit": ("token", "character", "letter"),
     "data.loss_normalisation": ("token", "answer", "record"),
     "train.grad_reduce_dtype": ("bfloat16", "float32"),
@@ -223,7 +223,7 @@ def _check_data(data: DataConfig, vision: VisionConfig, tokens_per_tile: int) ->
     unplanned = {
         "tiling": data.tiling == "lines",
         "blank_contrast": data.blank_contrast > 0,
-        "answer_unit": data.answer_unit == "letter",
+        "text_unit": data.text_unit == "letter",
     }
     for name, is_set in unplanned.items():
         if is_set and data.packing == "offline":

@@ -59,10 +59,11 @@ class DataConfig:
     # Unit that has weight 1 in the loss: "token", each token of an answer; "answer", all of an
     # answer's together; "record", all of a record's.
     loss_normalisation: str = "token"
-    # Unit in which the model says answers: "token", the tokenizer's tokens; "letter", of answers
-    # about images the token of each letter: what a patch shows is then copied, where the LLM would
-    # have to learn how its tokens are spelled. Such answers have about three times as many tokens.
-    answer_unit: str = "token"
+    # Unit of questions and answers: "token", the tokenizer's tokens; "letter", where they are about
+    # images the token of each letter: what a question names is then found in the patches that show
+    # it, and copied from there, where the LLM would have to learn how its tokens are spelled. Such
+    # texts have about three times as many tokens.
+    text_unit: str = "token"
     # Unit of patch labels: "token", words in the LLM's tokens; "character", each by itself: a few
     # hundred labels, which a small encoder learns from few pages, and of any string; "letter", each
     # once, in the patch of its middle, with the space before it where a word begins.

@@ -51,7 +51,7 @@ def encode_chat(
     cuts_answers: bool = False,
     has_order: bool = False,
     system: str = "",
-    answer_unit: str = "token",
+    text_unit: str = "token",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encodes turns with the image tokens, each of them the token `image_id`. Turns that would not
     fit `max_length` are left out whole; with `cuts_answers`, the first whose answer begins within
@@ -67,15 +67,15 @@ def encode_chat(
       cuts_answers: as above.
       has_order: whether nothing may follow a turn that is left out: it could refer to it.
       system: what the model is told first; "" leaves what the format says itself.
-      answer_unit: see `DataConfig.answer_unit`; an answer is about images where one stands before
-        it, in its question or in a turn before.
+      text_unit: see `DataConfig.text_unit`; a turn is about images where one stands in its
+        question or in a turn before.
 
     Returns:
       int32 tokens, and bools of the same length that are true on the answers' tokens and the end of
       each: what the model has to say itself. The mask is built with the tokens, never by searching
       the text.
     """
-    encoder = _Encoder(tokenizer, num_image_tokens, image_id, system, answer_unit)
+    encoder = _Encoder(tokenizer, num_image_tokens, image_id, system, text_unit)
     kept: list[_Turn] = []
     for one in turns:
         # What was the last turn so far is one before the last if this one fits.
@@ -136,11 +136,11 @@ def encode_prompt(
     image_id: int,
     before: Sequence[tuple[str, str] | ChatTurn] = (),
     system: str = "",
-    answer_unit: str = "token",
+    text_unit: str = "token",
 ) -> np.ndarray:
     """Returns int32 tokens that end where the answer is to begin; `before` are the turns of the
     conversation that the question goes on, the others are as in `encode_chat`."""
-    encoder = _Encoder(tokenizer, num_image_tokens, image_id, system, answer_unit)
+    encoder = _Encoder(tokenizer, num_image_tokens, image_id, system, text_unit)
     turns: list[_Turn] = []
     for one in before:
         turns.append(encoder.turn(ChatTurn(*one), turns, is_last=False))
@@ -173,12 +173,12 @@ class _Encoder:
         num_image_tokens: int | Sequence[int],
         image_id: int,
         system: str,
-        answer_unit: str,
+        text_unit: str,
     ):
         self._tokenizer = tokenizer
         self._format = format_of(tokenizer)
         self._image_id = image_id
-        self._spells = answer_unit == "letter"
+        self._spells = text_unit == "letter"
         is_first = isinstance(num_image_tokens, int)
         self._first = [image_id] * num_image_tokens if is_first else []
         self._of_images = [] if is_first else list(num_image_tokens)
@@ -218,8 +218,10 @@ class _Encoder:
         assistant, strip = chat_format.around(is_last)
         encode = self._joined if chat_format.is_joined else self._apart
         first = self._first if is_first else []
-        prompt, last_text = encode(opening, told + question, assistant, first, places)
-        reply = self._reply(last_text, STRIPS[strip](texts.answer), self._spells and sees_image)
+        is_spelled = self._spells and sees_image
+        text = letters.Text(told, question, "", is_spelled)
+        prompt, last_text = encode(opening, text, assistant, first, places)
+        reply = self._reply(last_text, STRIPS[strip](texts.answer), is_spelled)
         end = self._tokenizer.special_tokens[chat_format.end]
         return _Turn(prompt, [*reply, end], texts, images, is_first, sees_image)
 
@@ -264,7 +266,7 @@ class _Encoder:
     def _apart(
         self,
         opening: str,
-        question: str,
+        question: letters.Text,
         assistant: str,
         first: list[int],
         places: list[tuple[int, int]],
@@ -274,13 +276,13 @@ class _Encoder:
         user = [*self._ours(self._format.user), *first]
         if not self._format.image_in_turn:
             user = [*first, *self._ours(self._format.user)]
-        ids = self._with_images(question, places) if places else self._tokenizer.encode(question)
+        ids = self._with_images(question, places)
         return [*self._ours(opening), *user, *ids, *self._ours(assistant)], ""
 
     def _joined(
         self,
         opening: str,
-        question: str,
+        question: letters.Text,
         assistant: str,
         first: list[int],
         places: list[tuple[int, int]],
@@ -292,18 +294,18 @@ class _Encoder:
         after = tail[0] if tail and isinstance(tail[0], str) else ""
         head = head[:-1] if before else head
         tail = tail[1:] if after else tail
-        text = f"{before}{question}{after}"
+        text = question._replace(before=before + question.before, after=after)
         # Before the first token that has a character of the question.
         moved = [(0, len(first)), *((offset, count) for offset, count in places)]
         ids = self._with_images(text, [(len(before) + at, count) for at, count in moved])
         prompt = [*_ids(self._tokenizer, head), *ids]
-        last = tail[-1] if tail else text
+        last = tail[-1] if tail else str(text)
         return [*prompt, *_ids(self._tokenizer, tail)], last if isinstance(last, str) else ""
 
-    def _with_images(self, text: str, places: list[tuple[int, int]]) -> list[int]:
+    def _with_images(self, text: letters.Text, places: list[tuple[int, int]]) -> list[int]:
         """The tokens of a text with `count` image tokens at each character, before the token that
         has it."""
-        spans = self._tokenizer.token_offsets(text)
+        spans = text.token_offsets(self._tokenizer)
         ids = [token for token, _, _ in spans]
         # From the end, so that places before stay where they are.
         for at, count in reversed(places):

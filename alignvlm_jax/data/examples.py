@@ -64,7 +64,7 @@ class ExampleBuilder:
     @classmethod
     def of(cls, config: Config, tokenizer: Tokenizer) -> "ExampleBuilder":
         """Returns the builder of a stage's examples, with the tokenizer that fits its model."""
-        if config.data.answer_unit == "letter":
+        if config.data.text_unit == "letter":
             letters.check(tokenizer)
         model = config.model
         labelled = config.data.labelled_fraction if config.train.patch_token_weight else 0.0
@@ -112,7 +112,7 @@ class ExampleBuilder:
             cuts_answers=is_cut,
             has_order=record.has_order,
             system=record.system,
-            answer_unit=data.answer_unit,
+            text_unit=data.text_unit,
         )
         if data.packing == "offline" and not is_answer.any():
             raise UserError(
@@ -236,7 +236,7 @@ class ExampleBuilder:
             self.image_token_id,
             earlier,
             system,
-            self.data.answer_unit,
+            self.data.text_unit,
         )
 
     def trim_prompts(self, prompts: Sequence[PackedSequence]) -> list[PackedSequence]:

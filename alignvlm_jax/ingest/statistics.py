@@ -102,7 +102,7 @@ def collect(
         values |= {
             f"row tokens, {task}": tokens
             for task, tokens in zip(TASKS, measured.tokens, strict=True)
-            if builder.data.tasks.get(task) and builder.data.answer_unit == "token"
+            if builder.data.tasks.get(task) and builder.data.text_unit == "token"
         }
         advice = _tile_advice(known, builder), _length_advice(known, measured.tokens, builder)
     return Statistics(
@@ -174,7 +174,7 @@ def _facts(known: Index, builder: ExampleBuilder) -> dict[str, str]:
         f"{', the overview first' if data.use_overview else ''}"
         f"{', by its text lines' if data.tiling == 'lines' else ''}",
         "Tokens counted by": f"tokenizer {known.tokenizer}"
-        f"{', before answers are spelled' if data.answer_unit == 'letter' else ''}",
+        f"{', before answers are spelled' if data.text_unit == 'letter' else ''}",
         "Same content twice": counted(doubles, "record"),
     }
 

@@ -243,16 +243,14 @@ def _on_cpu_forward(
     # [B, K, G T, h]: the queries of the G heads that read a key head are rows of one matmul.
     query_BKnh = _heads_first(scaled, key.shape[2])
     key_BKSh, value_BKSh = (x.swapaxes(1, 2) for x in (key, value))
-    logits_BKnS = jnp.einsum(
-        "BKnh,BKSh->BKnS", query_BKnh, key_BKSh, preferred_element_type=jnp.float32
-    )
+    logits_BKnS = _matmul("BKnh,BKSh->BKnS", query_BKnh, key_BKSh)
     if mask is not None:
         grouped = logits_BKnS.reshape(*logits_BKnS.shape[:2], -1, *mask.shape[1:])
         # Finite, so that a query that sees no key has equal weights, and not NaN.
         lowest = 0.7 * jnp.finfo(jnp.float32).min
         logits_BKnS = jnp.where(mask[:, None, None], grouped, lowest).reshape(logits_BKnS.shape)
     weights_BKnS = jax.nn.softmax(logits_BKnS, axis=-1).astype(value.dtype)
-    mixed_BKnh = jnp.einsum("BKnS,BKSh->BKnh", weights_BKnS, value_BKSh)
+    mixed_BKnh = _matmul("BKnS,BKSh->BKnh", weights_BKnS, value_BKSh).astype(value.dtype)
     mixed_BKnh = checkpoint_name(mixed_BKnh, "attention")
     saved = query_BKnh, key_BKSh, value_BKSh, weights_BKnS, mixed_BKnh
     return _heads_last(mixed_BKnh, length), saved
@@ -265,23 +263,27 @@ def _on_cpu_backward(
     length, head_dim = dout.shape[1::2]
     dout_BKnh = _heads_first(dout, key_BKSh.shape[1])
     # Transposed, [h, S] and not [S, h], so that what is copied is [n, h] and not [n, S].
-    dvalue_BKhS = jnp.einsum("BKnh,BKnS->BKhS", dout_BKnh, weights_BKnS)
-    dweights_BKnS = jnp.einsum(
-        "BKnh,BKSh->BKnS", dout_BKnh, value_BKSh, preferred_element_type=jnp.float32
-    )
+    dvalue_BKhS = _matmul("BKnh,BKnS->BKhS", dout_BKnh, weights_BKnS)
+    dweights_BKnS = _matmul("BKnh,BKSh->BKnS", dout_BKnh, value_BKSh)
     # The sum over keys of weights x their gradients is that over h of the result x its gradient.
     inner_BKn1 = (dout_BKnh.astype(jnp.float32) * mixed_BKnh).sum(-1, keepdims=True)
     # Masked weights are 0, and so are the gradients of their logits.
     dlogits_BKnS = (weights_BKnS * (dweights_BKnS - inner_BKn1)).astype(dout.dtype)
-    dquery_BKnh = jnp.einsum("BKnS,BKSh->BKnh", dlogits_BKnS, key_BKSh)
-    dkey_BKhS = jnp.einsum("BKnh,BKnS->BKhS", query_BKnh, dlogits_BKnS)
-    dquery = _heads_last(dquery_BKnh.astype(jnp.float32) * head_dim**-0.5, length)
+    dquery_BKnh = _matmul("BKnS,BKSh->BKnh", dlogits_BKnS, key_BKSh)
+    dkey_BKhS = _matmul("BKnh,BKnS->BKhS", query_BKnh, dlogits_BKnS)
+    dquery = _heads_last((dquery_BKnh * head_dim**-0.5).astype(dout.dtype), length)
     # [B, K, h, S] -> [B, S, K, h]
-    dkey, dvalue = (x.transpose(0, 3, 1, 2) for x in (dkey_BKhS, dvalue_BKhS))
-    return dquery.astype(dout.dtype), dkey, dvalue, None
+    dkey, dvalue = (x.astype(dout.dtype).transpose(0, 3, 1, 2) for x in (dkey_BKhS, dvalue_BKhS))
+    return dquery, dkey, dvalue, None
 
 
 _on_cpu.defvjp(_on_cpu_forward, _on_cpu_backward)
+
+
+def _matmul(equation: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the einsum in float32; XLA for CPU would multiply in float32, too, where the result
+    is to be bfloat16."""
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 def _heads_first(x: Float[Array, "B T H h"], num_kv_heads: int) -> Float[Array, "B K n h"]:

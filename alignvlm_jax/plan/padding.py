@@ -43,7 +43,7 @@ def used(data: DataConfig, model: ModelConfig, tokens_per_tile: int) -> Used | N
     stage are in them, or no index counts its tiles, or its image tokens. `tokens_per_tile` is that
     of training sequences."""
     # How many patches are blank is known of pixels alone; letters of answers are not counted.
-    if data.blank_contrast or data.answer_unit == "letter":
+    if data.blank_contrast or data.text_unit == "letter":
         return None
     # Elsewhere every folder may be in a bucket: a plan asks no network.
     if any(filesystem.is_remote(folder) or not os.path.isdir(folder) for folder in data.folders):

@@ -197,7 +197,7 @@ class _Export:
             use_overview=config.data.use_overview,
             tiling=config.data.tiling,
             blank_contrast=config.data.blank_contrast,
-            answer_unit=config.data.answer_unit,
+            text_unit=config.data.text_unit,
             images_first=config.data.images_first,
         )
         # Merged, or in an adapter that this program does not read back.
@@ -216,7 +216,7 @@ class _Export:
             "use_overview": config.data.use_overview,
             "tiling": config.data.tiling,
             "blank_contrast": config.data.blank_contrast,
-            "answer_unit": config.data.answer_unit,
+            "text_unit": config.data.text_unit,
             # The grid of the fewest cells that keeps this fraction of a page's pixels, else the
             # best; each cell is resized to fit its tile, and lies at its top left.
             "min_coverage": images.MIN_COVERAGE,

@@ -104,7 +104,7 @@ def test_prompts_are_not_padded_to_rows_of_many_records(make_runner, trained_wor
 
 def test_prompts_have_room_for_earlier_answers_that_are_spelled(make_runner, trained_workdir):
     trained = runner.loading.load_config(trained_workdir)
-    data = dataclasses.replace(trained.data, answer_unit="letter", seq_len=2048)
+    data = dataclasses.replace(trained.data, text_unit="letter", seq_len=2048)
     evaluator, _ = make_runner(config=dataclasses.replace(trained, data=data))
     record = shards.RecordSource(trained.data.dir, "seen_fonts")[0]
     turns = tuple(Turn("What is the total of it?", ("of the pages " * 60,)) for _ in range(2))

@@ -26,16 +26,14 @@ def weights(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("hardware", ["cpu", "gpu"])
-def test_stages_go_from_patches_to_text_to_both(weights, hardware):
-    patches, text, both = config_lib.from_config_dict(reader.get_config(hardware))
-    assert patches.init_from == str(weights)
+def test_stages_go_from_text_to_patches_to_both(weights, hardware):
+    text, patches, both = config_lib.from_config_dict(reader.get_config(hardware))
+    assert text.init_from == str(weights)
     # The vision encoder of the weights is another.
-    assert patches.train.load == ("llm/.*",) and text.train.load == both.train.load == (".*",)
+    assert text.train.load == ("llm/.*",) and patches.train.load == both.train.load == (".*",)
     assert not patches.train.answer_weight and not any("llm" in p for p in patches.train.trainable)
     assert text.train.visual_source == "oracle" and both.train.visual_source == "pixels"
-    assert {stage.model.dtype for stage in (patches, text, both)} == {
-        "bfloat16" if hardware == "gpu" else "float32"
-    }
+    assert {stage.model.dtype for stage in (text, patches, both)} == {"bfloat16"}
 
 
 def test_what_it_measures_and_cuts_is_what_its_data_set_has(weights):

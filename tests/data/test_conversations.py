@@ -211,7 +211,7 @@ def test_a_question_of_a_conversation_sees_what_came_before(demo_config, tokeniz
 
 
 @pytest.mark.parametrize("images_first", [False, True])
-def test_answers_are_spelled_once_an_image_was_shown_and_no_sooner(
+def test_turns_are_spelled_once_an_image_was_shown_and_no_sooner(
     demo_config, tokenizer, images_first
 ):
     """In training as in prompts, which cannot know of images that follow."""
@@ -219,13 +219,13 @@ def test_answers_are_spelled_once_an_image_was_shown_and_no_sooner(
         demo_config.data,
         seq_len=900,
         max_tiles=8,
-        answer_unit="letter",
+        text_unit="letter",
         images_first=images_first,
     )
     builder = ExampleBuilder.of(dataclasses.replace(demo_config, data=data), tokenizer)
     text = "A reader of the pages."
     assert letters.spell(text, tokenizer) != tokenizer.encode(text)
-    greeting = [ChatTurn("Who are you?", text), ChatTurn("Again?", text)]
+    greeting = [ChatTurn(text, text)] * 2
     said = [*greeting, *(turn._replace(answer=text) for turn in SAID)]
     one = conversation(said)
     segment = builder.segment(one, "answer", np.random.default_rng(0))
@@ -240,6 +240,18 @@ def test_answers_are_spelled_once_an_image_was_shown_and_no_sooner(
         is_spelled = images_first or i >= len(greeting)
         spelled = letters.spell(turn.answer, tokenizer)
         assert found == (spelled if is_spelled else tokenizer.encode(turn.answer))
+    # Image tokens stand in the midst of some questions.
+    text_tokens = [token for token in whole if token != demo_config.model.image_token_id]
+    assert all(_count(letters.spell(one.question, tokenizer), text_tokens) for one in SAID)
+    # Each turn has it as its answer, and the greeting as its question, too.
+    of_greeting = 2 * len(greeting)
+    spelled = len(SAID) + of_greeting * images_first
+    assert _count(letters.spell(text, tokenizer), text_tokens) == spelled
+    assert _count(tokenizer.encode(text), text_tokens) == of_greeting * (not images_first)
+
+
+def _count(part: list[int], whole: list[int]) -> int:
+    return sum(whole[i : i + len(part)] == part for i in range(len(whole)))
 
 
 def test_a_transcription_that_does_not_fit_takes_no_conversation_with_it(demo_config, tokenizer):

@@ -63,7 +63,7 @@ def test_image_tokens_of_which_blank_patches_have_none_are_not_counted(
 
 
 def test_tokens_of_answers_that_are_spelled_are_not_counted(demo_config, data_dir, tokenizer):
-    data = dataclasses.replace(demo_config.data, answer_unit="letter")
+    data = dataclasses.replace(demo_config.data, text_unit="letter")
     builder = ExampleBuilder.of(dataclasses.replace(demo_config, data=data), tokenizer)
     found = statistics.collect(builder, str(data_dir), "train", None)
     assert found.facts["Tokens counted by"].endswith(", before answers are spelled")

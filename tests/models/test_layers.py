@@ -14,7 +14,7 @@ from alignvlm_jax.models import layers
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
 from alignvlm_jax.plan import hardware
-from tests.conftest import random_params, tiny_config
+from tests.conftest import matmul_dtypes, random_params, tiny_config
 
 X = (50 + np.random.default_rng(0).standard_normal((4, 512))).astype(jnp.bfloat16)
 
@@ -65,6 +65,19 @@ def test_a_kernels_gradient_copies_nothing_on_cpu():
     with mesh_lib.use(mesh_lib.single_device()):
         lowered = jax.jit(gradient).lower(w, np.ones((4, 32, 3, 8), np.float32))
     assert " copy(" not in lowered.compile().as_text()
+
+
+def test_bfloat16_is_multiplied_as_such_on_cpu():
+    """Forward and backward, with sums in float32: what CPUs have an instruction for. XLA would take
+    both operands to float32 for a result in bfloat16."""
+    x = np.ones((4, 32, 16), jnp.bfloat16)
+    w = np.ones((16, 3, 8), jnp.bfloat16)
+    fn = functools.partial(layers.linear, "BTD,DHh->BTHh")
+    with mesh_lib.use(mesh_lib.single_device()):
+        assert fn(x, w).dtype == jnp.bfloat16
+        assert fn(x, w, out_dtype=jnp.float32).dtype == jnp.float32
+        text = jax.jit(lambda x, w: jax.vjp(fn, x, w)[1](fn(x, w))).lower(x, w).as_text()
+    assert matmul_dtypes(text) == [("bf16", "bf16", "f32")] * 3
 
 
 # Gradients of kernels, and the type in which devices add them up.

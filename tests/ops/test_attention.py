@@ -14,6 +14,7 @@ from alignvlm_jax.errors import UserError
 from alignvlm_jax.ops import attention, pallas
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.parallel import sharding
+from tests.conftest import matmul_dtypes
 
 
 def test_a_token_sees_what_stands_before_it_in_its_segment():
@@ -223,6 +224,16 @@ def test_no_weights_are_copied_on_cpu():
         text = run.lower(*arrays).compile().as_text()
     copied = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
     assert copied and max(math.prod(map(int, dims.split(","))) for dims in copied) == arrays[0].size
+
+
+def test_bfloat16_is_multiplied_as_such_on_cpu():
+    """As by `layers.linear`: two matmuls forward and four backward, with sums in float32."""
+    arrays = [x.astype(jnp.bfloat16) for x in draw(32, 4, 2, 8)]
+    ours = functools.partial(attention.self_attention, causal=True, kernel="xla")
+    with mesh_lib.use(mesh_lib.single_device()):
+        text = with_gradients(ours, SEGMENTS[:, :32]).lower(*arrays).as_text()
+    found = matmul_dtypes(text)
+    assert len(found) >= 6 and {*found} == {("bf16", "bf16", "f32")}
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def check_conversations(processor, tokenizer, image_id):
                     expected = chat.encode_prompt(
                         tokenizer, "When?", num_image_tokens, image_id, turns, system, unit
                     )
-                    processor.settings["answer_unit"] = unit
+                    processor.settings["text_unit"] = unit
                     found = processor.prompt_ids("When?", num_image_tokens, system, turns)
                     assert found == expected.tolist()
 

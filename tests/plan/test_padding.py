@@ -34,7 +34,7 @@ def test_it_is_that_of_the_sequences_that_are_built(demo_config, packing):
     assert found.tiles == pytest.approx(real.tiles, abs=0.08)
 
 
-@pytest.mark.parametrize("changes", [{"blank_contrast": 24}, {"answer_unit": "letter"}])
+@pytest.mark.parametrize("changes", [{"blank_contrast": 24}, {"text_unit": "letter"}])
 def test_patches_that_are_left_out_and_letters_are_in_no_index(demo_config, changes):
     data = dataclasses.replace(demo_config.data, **changes)
     assert padding.used(demo_config.data, demo_config.model, demo_config.tokens_per_tile)

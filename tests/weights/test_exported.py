@@ -401,17 +401,17 @@ def test_an_export_says_answers_in_the_unit_of_its_training(
     trained_workdir, tmp_path, monkeypatch, layout
 ):
     config = restore.load_config(trained_workdir)
-    data = dataclasses.replace(config.data, answer_unit="letter")
+    data = dataclasses.replace(config.data, text_unit="letter")
     monkeypatch.setattr(
         restore, "load_config", lambda *args: dataclasses.replace(config, data=data)
     )
     exports.write_workdir(tmp_path / "run", trained_workdir, "align")
     monkeypatch.undo()
     out = export_to(tmp_path / "out", tmp_path / "run", f"--format={layout}")
-    assert loading.load_config(out).data.answer_unit == "letter"
+    assert loading.load_config(out).data.text_unit == "letter"
     name = "processor_config.json" if layout == "transformers" else exported.FILE
     told = json.loads((out / name).read_text())
-    assert told.get("input", told)["answer_unit"] == "letter"
+    assert told.get("input", told)["text_unit"] == "letter"
 
 
 def test_a_run_cannot_start_from_an_export_and_says_what_can(out):

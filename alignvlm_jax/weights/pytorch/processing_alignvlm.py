@@ -253,43 +253,51 @@ class AlignVLMProcessor(ProcessorMixin):
         elif system:
             start = f["system_before"] + system + f["system_after"]
         image = [self.settings["image_token_id"]] * num_image_tokens
+        is_spelled = num_image_tokens and self.settings.get("text_unit") == "letter"
         ids = []
         for earlier, answer in turns:
             kind = "assistant" if f["earlier_assistant"] is None else "earlier_assistant"
             strip = STRIPS[f["answer_strip" if kind == "assistant" else "earlier_strip"]]
-            prompt, last = self._prompt(start, told, earlier, f[kind], image)
-            is_spelled = num_image_tokens and self.settings.get("answer_unit") == "letter"
+            prompt, last = self._prompt(start, told, earlier, f[kind], image, is_spelled)
             reply = self._reply(last, strip(answer), is_spelled)
             ids += [*prompt, *reply, self.tokenizer.special_tokens[f["end"]]]
             # The page stands in the first turn, and what the model is told before it.
             start = f["after"]
             told = ""
             image = []
-        return ids + self._prompt(start, told, question, f["assistant"], image)[0]
+        return ids + self._prompt(start, told, question, f["assistant"], image, is_spelled)[0]
 
-    def _prompt(self, start, told, question, assistant, image):
+    def _prompt(self, start, told, question, assistant, image, is_spelled):
         """Ids of a turn up to its answer, and the text that an answer would be joined to."""
         f = self.settings["chat_format"]
-        question = told + STRIPS[f["question_strip"]](question)
+        question = STRIPS[f["question_strip"]](question)
         # Some formats encode each of their strings by itself.
         if not f["is_joined"]:
             user = [*self._marked(f["user"]), *image]
             if not f["image_in_turn"]:
                 user = [*image, *self._marked(f["user"])]
-            ids = self.tokenizer.encode(question)
+            ids, _ = self._spans(told, question, "", is_spelled)
             return [*self._marked(start), *user, *ids, *self._marked(assistant)], ""
         head = self._stretches(start + f["user"])
         tail = self._stretches(assistant)
         # Text next to the question is encoded together with it, as chat templates have it.
         before = head.pop() if head and isinstance(head[-1], str) else ""
         after = tail.pop(0) if tail and isinstance(tail[0], str) else ""
-        text = before + question + after
-        ids, ends = self.tokenizer.spans(text)
+        ids, ends = self._spans(before + told, question, after, is_spelled)
         # Images stand before the first token that has a character of the question.
         place = sum(end <= len(before) for end in ends) if before else 0
         ids[place:place] = image
-        last = tail[-1] if tail else text
+        last = tail[-1] if tail else before + told + question + after
         return [*self._ids(head), *ids, *self._ids(tail)], last if isinstance(last, str) else ""
+
+    def _spans(self, before, question, after, is_spelled):
+        """Ids of a question and of the text around it, and where in the text they end; of one that
+        is spelled, where those before it do."""
+        if not is_spelled:
+            return self.tokenizer.spans(before + question + after)
+        ids, ends = self.tokenizer.spans(before)
+        spelled = self._spelled(question)
+        return [*ids, *spelled, *self.tokenizer.encode(after)], ends
 
     def _reply(self, last, answer, is_spelled):
         """Ids of an answer and of what the model says around it."""

@@ -51,24 +51,31 @@ def test_it_is_spelled_by_the_labels_of_its_words(any_tokenizer):
     assert placed.ids.tolist() == [token for token in spelled if token != space]
 
 
-def test_answers_are_spelled_and_questions_are_not(any_tokenizer):
+def test_questions_and_answers_are_spelled_and_make_the_same_text(any_tokenizer):
     turns = [("What is the total?", "of Ames"), ("And the city?", "in Ohio")]
     whole, is_said = chat.encode_chat(any_tokenizer, turns, 3, 4)
-    spelled, is_answer = chat.encode_chat(any_tokenizer, turns, 3, 4, answer_unit="letter")
-    assert spelled[~is_answer].tolist() == whole[~is_said].tolist()
+    spelled, is_answer = chat.encode_chat(any_tokenizer, turns, 3, 4, text_unit="letter")
+    texts = [any_tokenizer.decode(tokens[tokens != 4].tolist()) for tokens in (spelled, whole)]
+    assert texts[0] == texts[1]
+    # What stands around questions is the format's own, in the tokens that it always has.
+    prompts = spelled[~is_answer].tolist()
+    for question, _ in turns:
+        part = letters.spell(question, any_tokenizer)
+        start = next(i for i in range(len(prompts)) if prompts[i : i + len(part)] == part)
+        del prompts[start : start + len(part)]
+    bare, is_of_bare = chat.encode_chat(any_tokenizer, [("", answer) for _, answer in turns], 3, 4)
+    assert prompts == bare[~is_of_bare].tolist()
     end = whole[is_said][-1].item()
     said = [[*letters.spell(answer, any_tokenizer), end] for _, answer in turns]
     assert spelled[is_answer].tolist() == [token for one in said for token in one]
     # A prompt goes on from what was said in the same way.
-    prompt = chat.encode_prompt(any_tokenizer, turns[1][0], 3, 4, turns[:1], answer_unit="letter")
+    prompt = chat.encode_prompt(any_tokenizer, turns[1][0], 3, 4, turns[:1], text_unit="letter")
     assert prompt.tolist() == spelled[: len(prompt)].tolist()
-    cut, _ = chat.encode_chat(any_tokenizer, turns, 3, 4, len(whole), answer_unit="letter")
+    cut, _ = chat.encode_chat(any_tokenizer, turns, 3, 4, len(whole), text_unit="letter")
     assert len(whole) <= len(spelled) and len(cut) <= len(whole)
 
 
 def test_a_tokenizer_that_puts_a_space_before_every_text_is_refused(tmp_path):
     write_sentencepiece(tmp_path)
-    with pytest.raises(
-        UserError, match=r"makes .* of the letters of .*; config\.data\.answer_unit"
-    ):
+    with pytest.raises(UserError, match=r"makes .* of the letters of .*; config\.data\.text_unit"):
         letters.check(tokenizers.load(tmp_path))
