@@ -297,7 +297,11 @@ def full_prompt(loaded: Loaded) -> sequences.PackedSequence:
     num_tiles = config.data.tiles_of_a_record
     num_image_tokens = num_tiles * config.model.tokens_per_tile
     tokens = chat.encode_prompt(
-        loaded.tokenizer, QUESTION, num_image_tokens, config.model.image_token_id
+        loaded.tokenizer,
+        QUESTION,
+        num_image_tokens,
+        config.model.image_token_id,
+        text_unit=config.data.text_unit,
     )
     # Its own length, not the config's: padding would cost every connector the same, and hide their
     # differences. Tiles, uint8 [I, height, width, 3], are white: time does not depend on pixels.

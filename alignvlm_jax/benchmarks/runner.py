@@ -156,7 +156,7 @@ class Runner:
         builder = self._loaded.builder
         data = builder.data
         num_image_tokens = data.tiles_of_a_record * builder.tokens_per_prompt_tile
-        # With its image: earlier answers about one may be spelled, and are longer then.
+        # With its image: texts about one may be spelled, and are longer then.
         longest = max(
             len(
                 builder.prompt_tokens(

@@ -164,7 +164,7 @@ class _Encoder:
     Where a format is joined, a question and our strings around it are one text, which becomes the
     tokens of transformers' `apply_chat_template`; images stand between these tokens and change none
     of them. So the length of a chat does not depend on where its images are, and is counted
-    without them.
+    without them. But questions and answers that are spelled are texts of their own, and longer.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class _Encoder:
         told = self._told if is_first else ""
         moved = len(told) - (texts.question.index(question) if question else 0)
         most = len(told) + len(question)
-        places = [(min(max(at + moved, 0), most), count) for at, count in images]
+        places = [(min(max(at + moved, len(told)), most), count) for at, count in images]
         opening = self._start if is_first else chat_format.after
         assistant, strip = chat_format.around(is_last)
         encode = self._joined if chat_format.is_joined else self._apart
@@ -276,7 +276,7 @@ class _Encoder:
         user = [*self._ours(self._format.user), *first]
         if not self._format.image_in_turn:
             user = [*first, *self._ours(self._format.user)]
-        ids = self._with_images(question, places)
+        ids = self._with_images(question, places) if places else question.encode(self._tokenizer)
         return [*self._ours(opening), *user, *ids, *self._ours(assistant)], ""
 
     def _joined(

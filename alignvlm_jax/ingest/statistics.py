@@ -98,7 +98,7 @@ def collect(
     # How many patches are blank is known of pixels alone.
     if measured and not builder.data.blank_contrast:
         # Of the stage's own tasks: with its lengths, rows of others would be cut as none ever is.
-        # An index has the tokens of answers that are not spelled.
+        # An index has the tokens of texts that are not spelled.
         values |= {
             f"row tokens, {task}": tokens
             for task, tokens in zip(TASKS, measured.tokens, strict=True)
@@ -174,7 +174,7 @@ def _facts(known: Index, builder: ExampleBuilder) -> dict[str, str]:
         f"{', the overview first' if data.use_overview else ''}"
         f"{', by its text lines' if data.tiling == 'lines' else ''}",
         "Tokens counted by": f"tokenizer {known.tokenizer}"
-        f"{', before answers are spelled' if data.text_unit == 'letter' else ''}",
+        f"{', before texts are spelled' if data.text_unit == 'letter' else ''}",
         "Same content twice": counted(doubles, "record"),
     }
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from alignvlm_jax.config import SAVED_BY_NAME, RopeScaling
@@ -27,7 +28,11 @@ from alignvlm_jax.shapes import Array, Float, Int
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        # A matmul within a derivative of our own is none that the policy sees.
+        jax.checkpoint_policies.save_only_these_names("linear"),
+    ),
     **{
         names: jax.checkpoint_policies.save_only_these_names(*names.split("+"))
         for names in SAVED_BY_NAME
@@ -188,6 +193,7 @@ class Einsum(nn.Module):
             outputs = _linear_with_float32_sums(
                 inputs, self.kernel, self.equation, self.axes, self.dtype, self.out_dtype
             )
+            outputs = checkpoint_name(outputs, "linear")
         else:
             kernel = _gathered(self.kernel, self.axes, self.dtype, self.kernel.dtype)
             outputs = linear(self.equation, inputs, kernel, self.out_dtype)
@@ -218,12 +224,13 @@ def linear(
     # Of "BTHh,HhD->BTD": [B T, H h] by [H h, D].
     flat = kernel.reshape(math.prod(kernel.shape[: len(summed)]), -1)
     rows_NE = inputs.reshape(-1, flat.shape[0])
-    if inputs.dtype == jnp.float32:
-        outputs = einsum("NE,ED->ND", rows_NE, flat)
+    if inputs.dtype == kernel.dtype == jnp.bfloat16:
+        # Summed in float32 it is what CPUs have an instruction for, twice as fast as float32; XLA
+        # would take both operands to float32 for a result in bfloat16.
+        outputs = project("NE,ED->ND", rows_NE, flat).astype(out_dtype or jnp.bfloat16)
+        outputs = checkpoint_name(outputs, "linear")
     else:
-        # Bfloat16 that is summed in float32 is what CPUs have an instruction for, twice as fast as
-        # float32; XLA would take both operands to float32 for a result in bfloat16.
-        outputs = project("NE,ED->ND", rows_NE, flat).astype(out_dtype or inputs.dtype)
+        outputs = einsum("NE,ED->ND", rows_NE, flat)
     return outputs.reshape(*inputs.shape[: -len(summed)], *kernel.shape[len(summed) :])
 
 

@@ -42,7 +42,7 @@ def used(data: DataConfig, model: ModelConfig, tokens_per_tile: int) -> Used | N
     the indexes of its folders on this machine; None where one is not there, no records of the
     stage are in them, or no index counts its tiles, or its image tokens. `tokens_per_tile` is that
     of training sequences."""
-    # How many patches are blank is known of pixels alone; letters of answers are not counted.
+    # How many patches are blank is known of pixels alone; letters of texts are not counted.
     if data.blank_contrast or data.text_unit == "letter":
         return None
     # Elsewhere every folder may be in a bucket: a plan asks no network.

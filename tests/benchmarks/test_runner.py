@@ -102,7 +102,7 @@ def test_prompts_are_not_padded_to_rows_of_many_records(make_runner, trained_wor
         np.testing.assert_array_equal(batch["tiles"], ours["tiles"])
 
 
-def test_prompts_have_room_for_earlier_answers_that_are_spelled(make_runner, trained_workdir):
+def test_prompts_have_room_for_earlier_turns_that_are_spelled(make_runner, trained_workdir):
     trained = runner.loading.load_config(trained_workdir)
     data = dataclasses.replace(trained.data, text_unit="letter", seq_len=2048)
     evaluator, _ = make_runner(config=dataclasses.replace(trained, data=data))

@@ -254,6 +254,13 @@ def _count(part: list[int], whole: list[int]) -> int:
     return sum(whole[i : i + len(part)] == part for i in range(len(whole)))
 
 
+def test_no_image_stands_in_what_the_model_is_told_first(family):
+    """Where a format has that in the first question, whose white space at its ends goes."""
+    asked = ChatTurn("    hi", "", (0,))
+    tokens = chat.encode_prompt(family, asked, [1], IMAGE, system="Be brief.").tolist()
+    assert "Be brief." in family.decode(tokens[: tokens.index(IMAGE)])
+
+
 def test_a_transcription_that_does_not_fit_takes_no_conversation_with_it(demo_config, tokenizer):
     line = tuple(record.Word("word", (0, 0, 9, 9)) for _ in range(300))
     said = [one._replace(image_offsets=()) for one in SAID[:2]]

@@ -62,11 +62,11 @@ def test_image_tokens_of_which_blank_patches_have_none_are_not_counted(
     assert not [name for name in found.distributions if "row" in name]
 
 
-def test_tokens_of_answers_that_are_spelled_are_not_counted(demo_config, data_dir, tokenizer):
+def test_tokens_of_texts_that_are_spelled_are_not_counted(demo_config, data_dir, tokenizer):
     data = dataclasses.replace(demo_config.data, text_unit="letter")
     builder = ExampleBuilder.of(dataclasses.replace(demo_config, data=data), tokenizer)
     found = statistics.collect(builder, str(data_dir), "train", None)
-    assert found.facts["Tokens counted by"].endswith(", before answers are spelled")
+    assert found.facts["Tokens counted by"].endswith(", before texts are spelled")
     assert "tiles a record" in found.distributions and found.advice
     assert not [name for name in found.distributions if "row" in name]
 

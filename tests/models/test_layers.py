@@ -80,6 +80,30 @@ def test_bfloat16_is_multiplied_as_such_on_cpu():
     assert matmul_dtypes(text) == [("bf16", "bf16", "f32")] * 3
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("reduce_dtype", ["float32", "bfloat16"])
+def test_results_of_matmuls_are_saved(dtype, reduce_dtype):
+    """By the policy "dots", which sees no matmul within a derivative of our own."""
+    module = layers.Einsum("BTD,DE->BTE", (16, 16), ("embed", "mlp"), dtype=dtype)
+    x = np.ones((4, 32, 16), np.float32)
+    params = random_params(module, x)
+
+    def count(remat: str) -> int:
+        def layer(params, x):
+            return jnp.sin(module.apply({"params": params}, jnp.sin(x)))
+
+        kept = jax.checkpoint(layer, policy=layers.REMAT_POLICIES[remat])
+
+        def loss(params, x):
+            with layers.gradients_reduced_in(reduce_dtype):
+                return kept(params, kept(params, x)).astype(jnp.float32).sum()
+
+        with mesh_lib.use(mesh_lib.single_device()):
+            return len(matmul_dtypes(jax.jit(jax.grad(loss, (0, 1))).lower(params, x).as_text()))
+
+    assert count("dots") == 2 * 3 < count("full")
+
+
 # Gradients of kernels, and the type in which devices add them up.
 
 KERNEL = layers.Einsum(

@@ -397,7 +397,7 @@ def test_an_export_keeps_how_pages_are_read_and_transformers_knows_a_grid_alone(
 
 
 @pytest.mark.parametrize("layout", export.LAYOUTS)
-def test_an_export_says_answers_in_the_unit_of_its_training(
+def test_an_export_has_text_in_the_unit_of_its_training(
     trained_workdir, tmp_path, monkeypatch, layout
 ):
     config = restore.load_config(trained_workdir)

@@ -33,7 +33,9 @@ def token_offsets(text: str, tokenizer: Tokenizer) -> list[tuple[int, int, int]]
     at = 0
     while at < len(text):
         following = text[at + 1 : at + 2]
-        spaced = with_space(following, tokenizer) if text[at] == " " and following else ()
+        # Two spaces may be a token, too, which no patch shows.
+        is_word = text[at] == " " and following.strip()
+        spaced = with_space(following, tokenizer) if is_word else ()
         end = at + (2 if spaced else 1)
         spans += [(token, at, end) for token in spaced or of_character(text[at], tokenizer)]
         at = end
@@ -49,6 +51,7 @@ class Text(NamedTuple):
     """A question and what stands around it in the same text.
 
     Attributes:
+      before: what the format puts there, and what the model is told first.
       is_spelled: whether the question, and it alone, is spelled letter by letter.
     """
 
@@ -59,6 +62,12 @@ class Text(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.before}{self.question}{self.after}"
+
+    def encode(self, tokenizer: Tokenizer) -> list[int]:
+        """Returns the tokens of the whole text."""
+        if not self.is_spelled:
+            return tokenizer.encode(str(self))
+        return [token for token, _, _ in self.token_offsets(tokenizer)]
 
     def token_offsets(self, tokenizer: Tokenizer) -> list[tuple[int, int, int]]:
         """Returns the tokens of the whole text, as `Tokenizer.token_offsets`."""

@@ -312,7 +312,8 @@ class AlignVLMProcessor(ProcessorMixin):
         """Ids of a text letter by letter, with a space before it, if there is such a token."""
         ids = []
         while text:
-            spaced = self.tokenizer.encode(text[:2]) if text[0] == " " else []
+            is_word = text[0] == " " and text[1:2].strip()
+            spaced = self.tokenizer.encode(text[:2]) if is_word else []
             is_one = len(spaced) == 1
             ids += spaced if is_one else self.tokenizer.encode(text[0])
             text = text[1 + is_one :]

@@ -51,6 +51,11 @@ def test_it_is_spelled_by_the_labels_of_its_words(any_tokenizer):
     assert placed.ids.tolist() == [token for token in spelled if token != space]
 
 
+def test_a_word_behind_two_spaces_begins_as_its_patch_does(any_tokenizer):
+    begun = letters.with_space("A", any_tokenizer) or letters.of_character("A", any_tokenizer)
+    assert letters.spell("  A", any_tokenizer)[-len(begun) :] == list(begun)
+
+
 def test_questions_and_answers_are_spelled_and_make_the_same_text(any_tokenizer):
     turns = [("What is the total?", "of Ames"), ("And the city?", "in Ohio")]
     whole, is_said = chat.encode_chat(any_tokenizer, turns, 3, 4)
