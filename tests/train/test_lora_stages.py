@@ -15,7 +15,7 @@ from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.train import checkpoint, lora, restore, state, warm_start
 from alignvlm_jax.train.checkpoint import Checkpoints
-from tests.conftest import random_batch
+from tests.conftest import random_batch, tiny_config
 from tests.train import fake_run
 from tests.train.lora_states import LORA, Q, abstract_of, drawn, with_lora
 
@@ -181,3 +181,10 @@ def test_a_run_is_used_in_the_type_that_it_was_trained_in(mesh, half, platform, 
     config = with_lora(bfloat16_params=half)
     stored = state.flatten(abstract_of(with_lora(bfloat16_params=("llm/.*",)), mesh).params)
     assert restore.dtype_for_use(config.model, config.train, stored, platform) == dtype
+
+
+@pytest.mark.parametrize(("platform", "dtype"), [("tpu", "bfloat16"), ("cpu", "float32")])
+def test_a_run_in_bfloat16_is_used_in_float32_on_cpu(platform, dtype):
+    config = tiny_config()
+    model = dataclasses.replace(config.model, dtype="bfloat16")
+    assert restore.dtype_for_use(model, config.train, {}, platform) == dtype
