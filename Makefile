@@ -131,7 +131,7 @@ $(MANUALS):
 	rm -r $@.tmp/all $@.tmp/*.deb
 	mv $@.tmp $@
 
-reader: weights $(MANUALS)  ## a small reader of real pages on SmolLM2: data, training, evaluation, report (two and a half hours on two cores)
+reader: weights $(MANUALS)  ## a small reader of real pages on SmolLM2: data, training, evaluation, report (two hours on two cores)
 	$(BIN)/python -m alignvlm_jax prepare --format=pdf --source=$(MANUALS)/train --out=data/manuals \
 	  --tokenizer=$(WEIGHTS)/tokenizer --questions=none --dpi=100 --holdout_by=page
 	$(BIN)/python -m alignvlm_jax prepare --format=pdf --source=$(MANUALS)/unseen --out=data/manuals-unseen \

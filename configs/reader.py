@@ -13,7 +13,7 @@ A page is cut by its text lines. Each is scaled to a height of 16 pixels, at whi
 pixels shows a letter of text of any size, and blank patches do not reach the language model. A
 tenth of the records have no image, so that it goes on writing text as before.
 
-`--config=reader:gpu` is the same recipe for one accelerator in bfloat16, with larger batches.
+`--config=reader:gpu` is the same recipe for one accelerator, with larger batches and more steps.
 """
 
 import ml_collections
