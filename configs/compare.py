@@ -2,6 +2,8 @@
 
     compare:towers       trains the two towers once: the demonstration's language model, and a
                          vision encoder that learns from patch labels alone what patches show
+    compare:language_model
+                         another language model beside such a vision encoder, which is loaded
     compare:connectors   whole pages; the towers' parameters and an initialised connector, all of
                          which is trained
     compare:supervision  small pages; only the language model is loaded and the rest initialised, to
@@ -24,7 +26,7 @@ def get_config(part: str = "connectors") -> ml_collections.ConfigDict:
     """Returns the stages of a part of the comparison.
 
     Args:
-      part: "towers", "connectors" or "supervision".
+      part: "towers", "language_model", "connectors" or "supervision".
 
     Raises:
       ValueError: there is no such part.
@@ -37,6 +39,8 @@ def get_config(part: str = "connectors") -> ml_collections.ConfigDict:
     if part == "towers":
         return config
     config.init_from = TOWERS
+    if part == "language_model":
+        return config
     # No connector but ALIGN could use the labels: without them all learn from the same signal.
     config.train.patch_token_weight = 0.0
     config.train.validate_every = 200
@@ -54,6 +58,13 @@ def get_config(part: str = "connectors") -> ml_collections.ConfigDict:
 def _towers(stages: ml_collections.ConfigDict) -> dict:
     """Returns the stages that train the towers, those of the demonstration."""
     return {name: stages[name] for name in ("stage0_lines", "stage0_pages", "stage1")}
+
+
+def _language_model(stages: ml_collections.ConfigDict) -> dict:
+    """Returns the stages that train a language model as the towers' is."""
+    texts = {name: stages[name] for name in ("stage0_lines", "stage0_pages")}
+    texts["stage0_lines"].train.load = ("vision/.*",)
+    return texts
 
 
 def _connectors(stages: ml_collections.ConfigDict) -> dict:
@@ -79,4 +90,9 @@ def _supervision(stages: ml_collections.ConfigDict) -> dict:
     }
 
 
-STAGES = {"towers": _towers, "connectors": _connectors, "supervision": _supervision}
+STAGES = {
+    "towers": _towers,
+    "language_model": _language_model,
+    "connectors": _connectors,
+    "supervision": _supervision,
+}

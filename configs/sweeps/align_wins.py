@@ -2,7 +2,8 @@
 
 ALIGN, ALIGN with patch labels, MLP and Ovis in settings that differ from the paper's one at a time,
 named SETTING/CONNECTOR_seedN. They begin with the towers, towers/VOCABULARY, from which the others
-start: all of them in one folder, whose name the sweep has to know.
+start: all of them in one folder, whose name the sweep has to know. The vision encoder is one and
+the same everywhere.
 
     vocabulary_N   the language model has N vocabulary entries, 128 (the demonstration's) to 49,152.
                    The tokenizer stays: entries beyond its own are never written. They are drawn at
@@ -18,11 +19,12 @@ start: all of them in one folder, whose name the sweep has to know.
     configs/sweeps/align_wins.py:short   a few steps of one seed in every setting, to see that all
                                          train, with --workdir=runs/align_wins_short
 
+The largest vocabulary, half of the time, comes last; before it, each seed is whole before the next.
 Listed, it says how long it takes by the steps that were measured on 2 cores.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from alignvlm_jax.configs.sweeps import compare
 
@@ -41,7 +43,8 @@ SETTINGS = {
     "steps_x3": (128, 3, {}),
     "random_llm_x3": (128, 3, LLM_OF_ITS_OWN),
 }
-TOWER_STAGES = {"stage0_lines": 1000, "stage0_pages": 600, "stage1": 3500}
+TEXT_STEPS = {"stage0_lines": 1000, "stage0_pages": 600}
+ENCODER_STEPS = {"stage1": 3500}
 SHORT_STEPS = 4
 SHORT = {"train.batch_size": 2, "train.validation_sequences": 2, "eval.num_questions": 8}
 # Seconds of a step by vocabulary, of the towers' stages and of a connector with both towers, on 2
@@ -64,23 +67,35 @@ def sweep(form: str = "whole") -> Iterator[tuple[str, str, dict[str, object]]]:
         raise UserError(f"there is no form {form!r} of the sweep{nearest(form, forms)}")
     is_short = form == "short"
     folder = f"{FOLDER}_short" if is_short else FOLDER
-    runs = [*_towers(is_short), *_settings(folder, is_short)]
-    seconds = sum(_seconds(fields) for _, _, fields in runs)
+    runs = []
+    for sizes in (VOCABULARIES[:-1], VOCABULARIES[-1:]):
+        runs += [_towers(folder, size, is_short) for size in sizes]
+        runs += _settings(folder, sizes, is_short)
+    seconds = sum(_seconds(name, fields) for name, _, fields in runs)
     print(f"{len(runs)} runs, about {seconds / 60:,.0f} min of steps on 2 cores", file=sys.stderr)
     yield from runs
 
 
-def _towers(is_short: bool) -> Iterator[tuple[str, str, dict[str, object]]]:
-    for size in VOCABULARIES:
-        fields = {f"stages.{stage}.train.num_steps": steps for stage, steps in TOWER_STAGES.items()}
-        if is_short:
-            fields = dict.fromkeys(fields, SHORT_STEPS) | SHORT
-        yield f"towers/{size}", "configs/compare.py:towers", fields | _vocabulary(size)
+def _towers(folder: str, size: int, is_short: bool) -> tuple[str, str, dict[str, object]]:
+    """Returns the run that trains both towers or, beside the encoder of that one, an LLM."""
+    is_first = size == VOCABULARIES[0]
+    steps = TEXT_STEPS | ENCODER_STEPS if is_first else TEXT_STEPS
+    fields = {f"stages.{stage}.train.num_steps": number for stage, number in steps.items()}
+    if is_short:
+        fields = dict.fromkeys(fields, SHORT_STEPS) | SHORT
+    if not is_first:
+        fields["init_from"] = f"{folder}/towers/{VOCABULARIES[0]}"
+    part = "towers" if is_first else "language_model"
+    return f"towers/{size}", f"configs/compare.py:{part}", fields | _vocabulary(size)
 
 
-def _settings(folder: str, is_short: bool) -> Iterator[tuple[str, str, dict[str, object]]]:
+def _settings(
+    folder: str, sizes: Sequence[int], is_short: bool
+) -> Iterator[tuple[str, str, dict[str, object]]]:
+    """Yields the runs of the settings with a vocabulary of one of these sizes, seed by seed."""
+    settings = {name: setting for name, setting in SETTINGS.items() if setting[0] in sizes}
     for seed in compare.SEEDS[:1] if is_short else compare.SEEDS:
-        for setting, (size, times, changes) in SETTINGS.items():
+        for setting, (size, times, changes) in settings.items():
             steps = times * (SHORT_STEPS if is_short else NUM_STEPS)
             common = {
                 "init_from": f"{folder}/towers/{size}",
@@ -104,7 +119,7 @@ def _vocabulary(size: int) -> dict[str, object]:
     }
 
 
-def _seconds(fields: dict[str, object]) -> float:
+def _seconds(name: str, fields: dict[str, object]) -> float:
     of_towers, of_connectors = SECONDS[fields["model.llm.vocab_size"]]
-    steps = sum(value for name, value in fields.items() if name.endswith("num_steps"))
-    return steps * (of_connectors if "init_from" in fields else of_towers)
+    steps = sum(value for field, value in fields.items() if field.endswith("num_steps"))
+    return steps * (of_towers if name.startswith("towers/") else of_connectors)

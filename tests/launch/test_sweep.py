@@ -68,7 +68,8 @@ def test_settings_start_from_the_towers_that_the_sweep_trains(tmp_path, capsys):
             if argument.startswith("--config.init_from=")
         ]
         assert set(sources) == {run.workdir for run in runs if "/towers/" in run.workdir}
-        assert len(runs) == len({run.name for run in runs}) == len(sources) + 4
+        # All but the run that trains the vision encoder of all start from another.
+        assert len(runs) == len({run.name for run in runs}) == len(sources) + 1
     # Each setting with each connector once, in a few steps.
     assert len(runs) == 28 and max(run.num_steps for run in runs) < 100
     assert "28 runs, about " in capsys.readouterr().err
