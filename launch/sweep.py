@@ -6,6 +6,8 @@ on.
     launch/sweep.py configs/sweeps/connectors.py --workdir=runs/connectors
     # Runs them here, one after the other.
     launch/sweep.py configs/sweeps/connectors.py --workdir=runs/connectors --run
+    # Four at a time, each on a quarter of the cores: small models do not fill them alone.
+    launch/sweep.py configs/sweeps/connectors.py --workdir=runs/connectors --run --jobs=4
     # Puts a command before each.
     launch/sweep.py configs/sweeps/connectors.py:stage2.py --workdir=runs/sweep \\
         --submit='launch/slurm_gpu.sh --nodes=8 --'
@@ -21,7 +23,8 @@ import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,12 +46,14 @@ from alignvlm_jax.errors import UsageError, UserError  # noqa: E402
 
 
 class Run(NamedTuple):
-    """One run: what follows `python -m alignvlm_jax`, its folder, and its length in steps."""
+    """One run: what follows `python -m alignvlm_jax`, its folder, its length in steps, and the
+    folder of the run that it starts from, "" for none."""
 
     name: str
     arguments: list[str]
     workdir: str
     num_steps: int
+    source: str
 
     def last_step(self) -> int:
         """The newest step that is saved; 0 without one.
@@ -75,17 +80,25 @@ class Run(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 0 done, 1 a run failed or cannot be, 2 wrong usage."""
     parser = argparse.ArgumentParser(
-        usage="launch/sweep.py SWEEP_FILE[:ARG] --workdir=DIR [--run | --submit=COMMAND] [-- "
-        "--config.a.b=VALUE ...]"
+        usage="launch/sweep.py SWEEP_FILE[:ARG] --workdir=DIR [--run [--jobs=N] | "
+        "--submit=COMMAND] [-- --config.a.b=VALUE ...]"
     )
     parser.add_argument("sweep")
     parser.add_argument("--workdir", required=True, help="folder of the runs' folders")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--run", action="store_true", help="here, one after the other")
+    how.add_argument("--run", action="store_true", help="here, one after the other or --jobs")
     how.add_argument("--submit", default="", help="a launch command, to which each run is handed")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, which share the cores; default 1"
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the commands only")
     end = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:end])
+    cores = num_cores()
+    if not 1 <= args.jobs <= cores:
+        parser.error(f"--jobs is {args.jobs}; this machine has cores for 1 to {cores}")
+    if args.jobs > 1 and not args.run:
+        parser.error("--jobs needs --run: what is submitted is not waited for")
     try:
         runs = read(args.sweep, args.workdir, argv[end + 1 :])
     except UserError as err:
@@ -103,7 +116,10 @@ def main(argv: Sequence[str]) -> int:
     )
     if prefix is None:
         return 0
-    return start([run for run in runs if run.state() != "finished"], prefix, args.dry_run)
+    unfinished = [run for run in runs if run.state() != "finished"]
+    if args.jobs > 1 and not args.dry_run:
+        return together(unfinished, prefix, args.jobs)
+    return start(unfinished, prefix, args.dry_run)
 
 
 def read(sweep: str, workdir: str, common: Sequence[str] = ()) -> list[Run]:
@@ -160,9 +176,74 @@ def start(runs: Sequence[Run], prefix: list[str], dry_run: bool) -> int:
             return 1
         if status:
             failed.append(run.name)
+    return _report(failed, len(runs))
+
+
+def together(runs: Sequence[Run], prefix: list[str], jobs: int) -> int:
+    """Trains `jobs` runs at a time, each on its share of the cores; a run waits for the one that it
+    starts from. What a run prints goes to WORKDIR.log."""
+    waiting = list(runs)
+    shares = list(range(jobs))
+    running: dict[subprocess.Popen, tuple[Run, int, float]] = {}
+    failed = []
+    try:
+        while waiting or running:
+            busy = {run.workdir for run in (*waiting, *(run for run, _, _ in running.values()))}
+            ready = [run for run in waiting if run.source not in busy]
+            for run, share in zip(ready, shares.copy(), strict=False):
+                process = _started([*prefix, *run.arguments], f"{run.workdir}.log", share, jobs)
+                waiting.remove(run)
+                shares.remove(share)
+                running[process] = (run, share, time.monotonic())
+            for process in _ended(running):
+                run, share, began = running.pop(process)
+                shares.append(share)
+                failed += [run.name] * bool(process.returncode)
+                how = f"failed, see {run.workdir}.log" if process.returncode else "finished"
+                seconds = time.monotonic() - began
+                left = len(waiting) + len(running)
+                print(f"{run.name}  {how} after {seconds:.0f} s; {left} left", flush=True)
+    except KeyboardInterrupt:
+        # They have had the Ctrl-C too, and save before they end.
+        for process in running:
+            process.wait()
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 1
+    return _report(failed, len(runs))
+
+
+def num_cores() -> int:
+    """Returns on how many cores this process may run."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _started(command: list[str], log: str, share: int, jobs: int) -> subprocess.Popen:
+    """Starts a command on every `jobs`-th core, from that of number `share` on."""
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as file:
+        if not hasattr(os, "sched_setaffinity"):
+            return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        cores = os.sched_getaffinity(0)
+        # Of this thread, whose children inherit it: XLA makes as many threads as it may use cores.
+        os.sched_setaffinity(0, sorted(cores)[share::jobs])
+        try:
+            return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        finally:
+            os.sched_setaffinity(0, cores)
+
+
+def _ended(running: Iterable[subprocess.Popen]) -> list[subprocess.Popen]:
+    """Waits until some of these have ended; returns them."""
+    while not (ended := [process for process in running if process.poll() is not None]):
+        time.sleep(0.1)
+    return ended
+
+
+def _report(failed: Sequence[str], number: int) -> int:
+    """Says which of a number of runs failed; returns the exit status."""
     if failed:
         print(
-            f"sweep.py: error: {len(failed)} of {len(runs)} failed: {', '.join(failed)}",
+            f"sweep.py: error: {len(failed)} of {number} failed: {', '.join(failed)}",
             file=sys.stderr,
         )
     return int(bool(failed))
@@ -184,7 +265,8 @@ def _status(command: list[str]) -> int:
 def _run(name: str, arguments: list[str], workdir: str, stages: tuple[Config, ...]) -> Run:
     folder = f"{workdir.rstrip('/')}/{name}"
     num_steps = sum(stage.train.num_steps for stage in stages)
-    return Run(name, ["train", *arguments, f"--workdir={folder}"], folder, num_steps)
+    arguments = ["train", *arguments, f"--workdir={folder}"]
+    return Run(name, arguments, folder, num_steps, stages[0].init_from.rstrip("/"))
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ class GenerationEval:
         extents = [one for one in exchange.gather(self._builder.extent(own)) if one is not None]
         # Room for the longest in the cache; each prompt is read in the bucket of its own size.
         self._length = max(length for length, _ in extents)
+        batching.check_context(self._length, self._max_new_tokens, config.longest_context)
 
     def run(
         self, params: Params, eval_step: EvalStep, should_stop: Callable[[], bool]
@@ -65,7 +66,8 @@ class GenerationEval:
         if should_stop():
             return None
         count = len(self._chosen.places)
-        prompts = Prompts(count, self._builder, self._prompt, self._length)
+        # That they fit was seen before the first step.
+        prompts = Prompts(count, self._builder, self._prompt, self._length, longest_context=0)
         generated: list[str] = []
         for one in batching.answer(
             self._sampler,

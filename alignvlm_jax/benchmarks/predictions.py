@@ -10,12 +10,12 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from rich import progress
 from rich.console import Console
-from rich.text import Text
 
 from alignvlm_jax import storage
 from alignvlm_jax.benchmarks import scores
@@ -25,6 +25,7 @@ from alignvlm_jax.data.tasks import TRANSCRIBE_QUESTION
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed, exchange
 from alignvlm_jax.storage import Path, lease
+from alignvlm_jax.train.goodput import duration
 
 DIRECTORY = "predictions"
 TASKS = "tasks"
@@ -235,6 +236,8 @@ def _lines(values: Sequence[dict[str, Any]]) -> str:
 
 
 Rows = list[dict[str, Any]]
+TOLD_SECONDS = 30
+"""How often a log is told how far it is."""
 
 
 def collect(
@@ -270,13 +273,24 @@ def collect(
         # All processes have to resume at the same row: generation is a collective computation.
         writer.predictions.rows[:] = exchange.from_main(writer.predictions.rows)
         done = len(writer.predictions.rows)
-        with _progress_bar(things) as bar:
-            shown = bar.add_task(name, total=count, completed=done)
-            if not (bar.disable or bar.console.is_terminal):  # There a bar is a line at the end.
+        with _progress_bar() as bar:
+            shown = bar.add_task(name, total=count, completed=done, pace="")
+            is_log = not (bar.disable or bar.console.is_terminal)
+            if is_log:
                 bar.console.print(f"{name}: {count - done:,} of {count:,} {things} to go")
+            started = told = time.monotonic()
             for made in make(done):
                 writer.append(made)
-                bar.advance(shown, len(made))
+                now = time.monotonic()
+                number = len(writer.predictions.rows)
+                # Since the start, where rich counts between rows: those of a batch come at once.
+                rate = (number - done) / max(now - started, 1e-9)
+                pace = f"{rate:.2g} {things}/s, {duration((count - number) / rate)} left"
+                bar.update(shown, completed=number, pace=pace)
+                # In a log a bar is a line at the end.
+                if is_log and now - told > TOLD_SECONDS:
+                    told = now
+                    bar.console.print(f"{name}: {number:,} of {count:,}, {pace}")
         return writer.publish()
 
 
@@ -319,25 +333,13 @@ def _locked(path: Path, name: str) -> Iterator[None]:
         yield
 
 
-class _Rate(progress.ProgressColumn):
-    """A column of a progress bar with the things done a second, empty before the first."""
-
-    def __init__(self, things: str) -> None:
-        super().__init__()
-        self._things = things
-
-    def render(self, task: progress.Task) -> Text:
-        return Text(f"{task.speed:.1f} {self._things}/s" if task.speed else "")
-
-
-def _progress_bar(things: str) -> progress.Progress:
+def _progress_bar() -> progress.Progress:
     """Returns a progress bar on stderr, which only the main process shows."""
     return progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
-        _Rate(things),
-        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[pace]}"),
         console=Console(stderr=True),
         disable=not distributed.is_main(),
     )

@@ -228,11 +228,12 @@ class Runner:
     ) -> Iterator[Answer]:
         """What the model says to the prompts that `build` makes of questions."""
         length = builder.data.seq_len
+        longest = self._loaded.config.longest_context
         return batching.answer(
             self._sampler,
             {**self._loaded.variables, **variables},
             self._loaded.tokenizer,
-            Prompts(len(questions), builder, build, length, skips_problems),
+            Prompts(len(questions), builder, build, length, longest, skips_problems),
             self._batch_size,
             max_new_tokens,
         )

@@ -210,7 +210,7 @@ class Reader:
         loaded = self._loaded
         config = loaded.config
         # Published weights know longer texts than a stage of short prompts shows them.
-        longest = max(config.data.seq_len, config.model.llm.context_length)
+        longest = config.longest_context or config.data.seq_len
         read = json.dumps([(text.id, text.text) for text in held_out.texts])
         return {
             "run": config.name,

@@ -245,6 +245,13 @@ class Config:
         return self.model.vision.num_patches
 
     @property
+    def longest_context(self) -> int:
+        """Tokens of the longest text that the language model knows, in training here or before it
+        was published; 0 where that is not known."""
+        known = self.model.llm.context_length
+        return known and max(known, self.data.seq_len)
+
+    @property
     def needs_words(self) -> bool:
         """Whether an image without known words is of no use to the stage: its labels are all that
         the model sees, or all that it learns from."""

@@ -13,7 +13,7 @@ from alignvlm_jax.data import chat, loader
 from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.data.sequences import PackedSequence
 from alignvlm_jax.data.tokenizers.base import Tokenizer
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import UserError, counted
 from alignvlm_jax.inference import buckets
 from alignvlm_jax.inference import decoding as decoding_lib
 from alignvlm_jax.inference.buckets import Bucket
@@ -25,6 +25,9 @@ PREFILL_TOKENS = 1024
 """Tokens of the prompts that a device reads at once, about: enough for large matmuls."""
 PREFILL_FRACTION = 8
 """A prefill has at most this fraction of a batch's rows: so many have to be free for it."""
+TOLD_FRACTION = 8
+"""Where no prompt waits, answers are handed out whenever this fraction of the rows has ended: those
+of a single batch would all come at its end, minutes without a word."""
 PATIENCE = 2
 """Queues of later prompts that may be read before one whose bucket few others have."""
 
@@ -39,6 +42,7 @@ class Prompts:
       builder: whose they are.
       build: returns the prompt of a number from 0; UserError where it cannot be built.
       length: the most tokens that any of them has.
+      longest_context: `Config.longest_context`, which prompt and answer have to share.
       skips_problems: whether those that cannot be built are left out, with the reason as their
         answer; else the error is raised.
     """
@@ -47,6 +51,7 @@ class Prompts:
     builder: ExampleBuilder
     build: Callable[[int], PackedSequence]
     length: int
+    longest_context: int
     skips_problems: bool = False
 
 
@@ -78,7 +83,7 @@ def answer(
     Raises:
       UserError: a prompt cannot be built, and `prompts` skips none.
     """
-    queue = _Queue(prompts, size)
+    queue = _Queue(prompts, size, max_new_tokens)
     rows = _Rows(sampler, variables, prompts, size, max_new_tokens, decoding)
     # What is shorter than the longest is filled up.
     ends = {tokenizer.pad_id, *chat.stop_ids(tokenizer)}
@@ -103,8 +108,9 @@ def answer(
 class _Queue:
     """Prompts that wait, in order; the same on all processes, each of which has built some."""
 
-    def __init__(self, prompts: Prompts, size: int) -> None:
+    def __init__(self, prompts: Prompts, size: int, num_new: int) -> None:
         self._prompts = prompts
+        self._num_new = num_new
         # Of two batches: rows are filled with those of one, and others still wait for the first row
         # that ends.
         self._size = 2 * size
@@ -144,10 +150,12 @@ class _Queue:
         for number in numbers:
             try:
                 built = self._prompts.build(number)
+                extent = self._prompts.builder.extent([built], multiple=1)
+                check_context(extent[0], self._num_new, self._prompts.longest_context)
             except UserError as err:
                 problems[number] = str(err)
                 continue
-            extents[number] = self._prompts.builder.extent([built], multiple=1)
+            extents[number] = extent
             # Of several processes another may feed it, which builds it again.
             self._built[number] = built
         return extents, problems
@@ -261,9 +269,10 @@ class _Rows:
         return places
 
     def advance(self, queue: _Queue) -> None:
-        """Sets the devices to work until enough rows are free for prompts that wait; if none does,
-        until all are."""
-        num_working = max(self._size - self._least(queue), 0)
+        """Sets the devices to work until enough rows are free for prompts that wait, or as many
+        answers more have ended as are worth telling of."""
+        num_working = len(self._numbers) - -(-self._size // TOLD_FRACTION)
+        num_working = max(self._size - self._least(queue), num_working, 0)
         self._state = self._sampler.advance(
             self._variables, self._state, self._num_new, num_working
         )
@@ -277,6 +286,28 @@ class _Rows:
         tokens_BT = np.array(self._state.tokens_BT)
         self._free.update(done)
         return {self._numbers.pop(row): tokens_BT[row] for row in done}
+
+
+def check_context(num_prompt: int, num_new: int, longest: int) -> None:
+    """Raises where prompt and answer are longer than what the language model knows.
+
+    Beyond that it has seen no position: what it says there is made up, and nothing shows it.
+
+    Args:
+      num_prompt: tokens of the prompt.
+      num_new: tokens of the answer at most.
+      longest: `Config.longest_context`.
+
+    Raises:
+      UserError: they are.
+    """
+    if longest and num_prompt + num_new > longest:
+        room = longest - num_prompt
+        advice = f"allow at most {counted(room, 'new token')}" if room > 0 else "shorten the prompt"
+        raise UserError(
+            f"the prompt has {counted(num_prompt, 'token')} and its answer up to {num_new:,}, and "
+            f"the language model knows texts of up to {longest:,}; {advice}"
+        )
 
 
 def prefill_size(size: int, length: int, data_parallel_size: int) -> int:

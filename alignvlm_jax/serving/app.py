@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from alignvlm_jax.data.sequences import PackedSequence
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.inference import patch_tokens
+from alignvlm_jax.inference import batching, patch_tokens
 from alignvlm_jax.inference.assistant import Assistant
 from alignvlm_jax.pictures import html
 from alignvlm_jax.serving import pages, protocol, responses
@@ -49,6 +49,7 @@ class Settings:
       model: its name.
       default_tokens: of an answer where a request says nothing.
       max_new_tokens: of an answer at most.
+      longest_context: `Config.longest_context`, which prompt and answer share.
       max_body_bytes: of a request.
       max_seconds: that a request waits for its turn.
       api_key: that clients must name; "" for none.
@@ -57,6 +58,7 @@ class Settings:
     model: str
     default_tokens: int
     max_new_tokens: int
+    longest_context: int
     max_body_bytes: int
     max_seconds: float
     api_key: str = ""
@@ -148,16 +150,29 @@ class Server:
             # In threads: it would hold up all other requests.
             chat = await run_in_threadpool(protocol.read, body, self._settings.model)
             most = self._settings.max_new_tokens
-            max_tokens = chat.max_tokens or min(self._settings.default_tokens, most)
             # Before pages are drawn.
-            if max_tokens > most:
+            if (chat.max_tokens or 0) > most:
                 raise ApiError(
-                    400, f"max_tokens is {max_tokens:,}; this server allows {most:,}",
+                    400, f"max_tokens is {chat.max_tokens:,}; this server allows {most:,}",
                     "invalid_value", "max_tokens",
                 )  # fmt: skip
             prompt = await self._open(chat, self._reader.prompt, chat)
+            max_tokens = self._max_tokens(chat, int((prompt["segment_ids"] > 0).sum()))
         # Messages hold the files.
         return dataclasses.replace(chat, messages=()), prompt, max_tokens
+
+    def _max_tokens(self, chat: ChatRequest, num_prompt: int) -> int:
+        """Tokens of an answer at most: what the request says or, where it says nothing, what is
+        usual and fits."""
+        longest = self._settings.longest_context
+        usual = min(self._settings.default_tokens, self._settings.max_new_tokens)
+        fits = max(longest - num_prompt, 1) if longest else usual
+        number = chat.max_tokens or min(usual, fits)
+        try:
+            batching.check_context(num_prompt, number, longest)
+        except UserError as err:
+            raise ApiError(400, str(err), "context_length_exceeded", "max_tokens") from err
+        return number
 
     async def _open(self, chat: ChatRequest, function: Callable, *args: object) -> Any:
         """Calls a function that opens the files of a request, when it is its turn to."""

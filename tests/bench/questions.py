@@ -123,7 +123,8 @@ def in_turns(
 ) -> list[str]:
     """As `evaluate` works."""
     length, _ = loaded.builder.extent(prompts)
-    of_all = Prompts(len(prompts), loaded.builder, prompts.__getitem__, length)
+    longest = loaded.config.longest_context
+    of_all = Prompts(len(prompts), loaded.builder, prompts.__getitem__, length, longest)
     found = batching.answer(sampler, loaded.variables, loaded.tokenizer, of_all, rows, NUM_NEW)
     return [one.text for one in found]
 

@@ -41,6 +41,26 @@ def test_what_was_made_is_kept_and_not_made_again(tmp_path):
     assert predictions.read(path).header == {"step": 8}
 
 
+def test_a_log_is_told_how_far_it_is_and_how_long_it_takes_from_the_start(
+    tmp_path, monkeypatch, capsys
+):
+    now = [100.0]
+    monkeypatch.setattr(predictions.time, "monotonic", lambda: now[0])
+
+    def make(done):
+        now[0] += 60
+        # As the answers of a batch: both at the same moment.
+        yield [{"id": 0}]
+        yield [{"id": 1}]
+        now[0] += 60
+        yield [{"id": 2}]
+
+    collect(tmp_path / "a.jsonl", make)
+    told = [line for line in capsys.readouterr().err.splitlines() if " left" in line]
+    assert told[0] == "held_out: 1 of 3, 0.017 texts/s, 2 min 00 s left"
+    assert told[1] == "held_out: 3 of 3, 0.025 texts/s, 0 s left"
+
+
 def rows(done):
     return [[{"id": i}] for i in range(done, 3)]
 

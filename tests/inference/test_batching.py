@@ -80,7 +80,7 @@ def make_sampler(mesh, params):
 
 def answers(made, order, size: int, decoding: Decoding = GREEDY) -> list[Answer]:
     ours, variables = made
-    prompts = Prompts(len(order), Builder(), lambda number: build(order[number]), SEQ_LEN)
+    prompts = Prompts(len(order), Builder(), lambda number: build(order[number]), SEQ_LEN, 0)
     return list(
         batching.answer(ours, variables, TOKENIZER, prompts, size, NUM_NEW, decoding=decoding)
     )
@@ -153,6 +153,22 @@ def test_a_finished_row_makes_room(params, monkeypatch):
     assert sum(steps) < of_batches
 
 
+def test_answers_of_the_last_batch_are_told_as_they_end(params):
+    ours, variables = make_sampler(mesh_lib.single_device(), params)
+    left = []
+    advance = ours.advance
+
+    def counted(variables, state, num_steps, num_working):
+        state = advance(variables, state, num_steps, num_working)
+        left.append(int((~np.asarray(state.finished_B)).sum()))
+        return state
+
+    ours.advance = counted
+    # As many prompts as rows: none waits for one.
+    assert len(answers((ours, variables), range(8), 8)) == 8
+    assert left[-1] == 0 and any(0 < number < 8 for number in left)
+
+
 def test_a_prompt_that_cannot_be_built_has_its_reason_and_no_row(params):
     made = make_sampler(mesh_lib.single_device(), params)
     expected = answers(made, range(6), 4)
@@ -162,14 +178,34 @@ def test_a_prompt_that_cannot_be_built_has_its_reason_and_no_row(params):
             raise UserError(f"page {number} is damaged")
         return build(number)
 
-    prompts = Prompts(6, Builder(), broken, SEQ_LEN, skips_problems=True)
+    prompts = Prompts(6, Builder(), broken, SEQ_LEN, 0, skips_problems=True)
     found = list(batching.answer(*made, TOKENIZER, prompts, 4, NUM_NEW))
     assert found == [
         Answer("", f"page {number} is damaged") if number in (0, 3) else expected[number]
         for number in range(6)
     ]
     with pytest.raises(UserError, match="page 0 is damaged"):
-        list(batching.answer(*made, TOKENIZER, Prompts(6, Builder(), broken, SEQ_LEN), 4, NUM_NEW))
+        list(
+            batching.answer(*made, TOKENIZER, Prompts(6, Builder(), broken, SEQ_LEN, 0), 4, NUM_NEW)
+        )
+
+
+def test_an_answer_is_refused_where_the_language_model_knows_no_text_as_long(params):
+    made = make_sampler(mesh_lib.single_device(), params)
+    lengths = [Builder().extent([build(number)], 1)[0] for number in range(6)]
+    longest = max(lengths) + NUM_NEW - 1
+    prompts = Prompts(6, Builder(), build, SEQ_LEN, longest, skips_problems=True)
+    found = list(batching.answer(*made, TOKENIZER, prompts, 4, NUM_NEW))
+    for one, length in zip(found, lengths, strict=True):
+        assert (one.problem is None) == (length + NUM_NEW <= longest)
+    problem = found[int(np.argmax(lengths))].problem
+    assert f"prompt has {max(lengths)} tokens and its answer up to {NUM_NEW}" in problem
+    assert problem.endswith(f"up to {longest}; allow at most {NUM_NEW - 1} new tokens")
+    with pytest.raises(UserError, match="shorten the prompt"):
+        batching.check_context(64, 1, 64)
+    batching.check_context(63, 1, 64)
+    # Of an initialised model it is not known.
+    batching.check_context(10**6, 1, 0)
 
 
 def test_buckets_have_room_and_are_few():

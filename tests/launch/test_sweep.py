@@ -151,6 +151,62 @@ def test_every_run_gets_what_follows_the_dashes(two, tmp_path, capsys):
     assert "config fields, as --config.seed=1, not '--seed=9'" in capsys.readouterr().err
 
 
+CHAIN = """
+def sweep():
+    yield "tower", "configs/demo.py", {"seed": 1}
+    yield "reads", "configs/compare.py:connectors", {"init_from": "RUNS/tower", "seed": 2}
+    yield "other", "configs/demo.py", {"seed": 3}
+"""
+
+
+def test_runs_at_a_time_share_the_cores_and_wait_for_what_they_start_from(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sweep, "num_cores", lambda: 2)
+    (tmp_path / "chain.py").write_text(CHAIN.replace("RUNS", f"{tmp_path}/runs"))
+    runs = sweep.read(f"{tmp_path}/chain.py", f"{tmp_path}/runs")
+    # The first run ends only when the third has begun: both must be up, and the second waits.
+    script = command(
+        tmp_path,
+        f"""
+        echo begin $* >> {tmp_path}/log; taskset -cp $$ 2> /dev/null
+        case "$*" in
+          *seed=1*) while ! grep -q 'begin.*seed=3' {tmp_path}/log; do sleep 0.05; done;;
+          *seed=3*) exit 3;;
+        esac
+        echo end $* >> {tmp_path}/log""",
+    )
+    assert sweep.together(runs, [str(script)], 2) == 1
+    lines = [
+        (line.split()[0], line[line.index("seed=") + 5])
+        for line in (tmp_path / "log").read_text().splitlines()
+    ]
+    assert sorted(lines[:2]) == [("begin", "1"), ("begin", "3")]
+    assert lines[2:] == [("end", "1"), ("begin", "2"), ("end", "2")]
+    out, err = capsys.readouterr()
+    assert f"other  failed, see {tmp_path}/runs/other.log after" in out and "0 left" in out
+    assert "error: 1 of 3 failed: other" in err
+    cores = sorted(os.sched_getaffinity(0))
+    # Each has half of the cores, and this process all of them again.
+    for name, share in (("tower", 0), ("other", 1)):
+        told = (tmp_path / "runs" / f"{name}.log").read_text()
+        if len(cores) == 2:
+            assert told.strip().endswith(f": {cores[share]}")
+
+
+def test_more_runs_at_a_time_than_cores_are_refused(two, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "num_cores", lambda: 2)
+    arguments = [str(two), f"--workdir={tmp_path}/runs"]
+    for more, message in (
+        (["--run", "--jobs=3"], "--jobs is 3; this machine has cores for 1 to 2"),
+        (["--run", "--jobs=0"], "--jobs is 0"),
+        (["--jobs=2"], "--jobs needs --run"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            sweep.main([*arguments, *more])
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_ctrl_c_waits_for_the_run_to_save_and_starts_no_other(two, tmp_path):
     """As a terminal does it: the signal goes to the whole process group."""
     script = command(tmp_path, f"trap 'sleep 1; echo saved >> {tmp_path}/log; exit 1' INT; echo "
@@ -169,6 +225,29 @@ def test_ctrl_c_waits_for_the_run_to_save_and_starts_no_other(two, tmp_path):
         sweeping.kill()
     assert sweeping.returncode == 1 and "the same command goes on" in error
     assert (tmp_path / "log").read_text().split() == ["up", "saved"]
+
+
+def test_ctrl_c_waits_for_all_that_run_at_a_time(two, tmp_path):
+    script = command(tmp_path, f"trap 'sleep 1; echo saved >> {tmp_path}/log; exit 1' INT; echo "
+                               f"up >> {tmp_path}/log\n"
+                     "while true; do sleep 0.05; done")  # fmt: skip
+    code = (
+        "import sys; from launch import sweep; "
+        f"sys.exit(sweep.together(sweep.read({str(two)!r}, '{tmp_path}/runs'), ['{script}'], 2))"
+    )
+    sweeping = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    try:
+        while not (tmp_path / "log").exists() or len((tmp_path / "log").read_text().split()) < 2:
+            time.sleep(0.05)
+        os.killpg(sweeping.pid, signal.SIGINT)
+        _, error = sweeping.communicate(timeout=30)
+    finally:
+        sweeping.kill()
+    assert sweeping.returncode == 1 and "the same command goes on" in error
+    assert (tmp_path / "log").read_text().split() == ["up", "up", "saved", "saved"]
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ class Running:
         self.engine = engine
         defaults = {
             "model": MODEL, "default_tokens": 4, "max_new_tokens": MAX_NEW,
-            "max_body_bytes": MAX_BODY, "max_seconds": 60.0,
+            "longest_context": 0, "max_body_bytes": MAX_BODY, "max_seconds": 60.0,
         }  # fmt: skip
         reader = PageReader(assistant.loaded.builder, 72.0, 2)
         app = Server(engine, assistant, reader, Settings(**defaults | settings)).app()

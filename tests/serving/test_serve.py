@@ -11,7 +11,15 @@ from PIL import Image
 
 from tests.ingest.formats.pdf.make_pdf import pdf as make_pdf
 from tests.ingest.formats.pdf.make_pdf import text
-from tests.serving.conftest import MAX_BODY, MAX_NEW, MODEL, image_part, text_part
+from tests.serving.conftest import (
+    MAX_BODY,
+    MAX_NEW,
+    MODEL,
+    Running,
+    image_part,
+    make_engine,
+    text_part,
+)
 
 QUESTION = "What is the total?"
 
@@ -35,6 +43,23 @@ def test_an_answer_is_that_of_the_assistant(client, assistant):
     usage = body["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     assert 1 <= usage["completion_tokens"] <= 4
+
+
+def test_an_answer_has_what_the_prompt_leaves_of_what_the_language_model_knows(loaded, assistant):
+    engine = make_engine(loaded, batch_size=1)
+    engine.start()
+    one = assistant.loaded.builder.prompt(None, "Who?")
+    longest = int((one["segment_ids"] > 0).sum()) + 2
+    running = Running(engine, assistant, longest_context=longest)
+    try:
+        status, body = running.client.chat("Who?")
+        assert status == 200 and body["usage"]["completion_tokens"] <= 2
+        status, body = running.client.chat("Who?", max_tokens=3)
+        error = body["error"]
+        assert (status, error["code"]) == (400, "context_length_exceeded")
+        assert error["message"].endswith("allow at most 2 new tokens")
+    finally:
+        running.stop()
 
 
 def test_a_question_without_a_page_is_one_to_the_language_model(client, assistant):

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace, key: str) -> None:
         model=args.model or config.name,
         default_tokens=default_tokens,
         max_new_tokens=most,
+        longest_context=config.longest_context,
         max_body_bytes=args.max_body_mb << 20,
         max_seconds=args.max_seconds,
         api_key=os.environ.get(key, ""),
