@@ -63,13 +63,16 @@ demo: setup  ## draw documents, train, evaluate, write the report
 	$(BIN)/python -m alignvlm_jax evaluate --checkpoint=$(RUN)
 	$(BIN)/python -m alignvlm_jax report --workdir=$(RUN)
 
+# Runs that a sweep trains at a time, each on its share of the cores.
+JOBS ?= 1
+
 # Runs of other seeds are the same programs: they are compiled once.
 compare: export JAX_COMPILATION_CACHE_DIR = $(COMPARE)/.compiled
 compare: setup  ## every connector and part of ALIGN, three seeds each, into docs/results.md (an hour, an hour and a half beside other work)
 	$(BIN)/python -m alignvlm_jax prepare --format=documents --out=$(DATA)
 	$(BIN)/python -m alignvlm_jax train --config=configs/compare.py:towers --workdir=$(COMPARE)/towers \
 	  --config.data.dir=$(DATA)
-	$(BIN)/python launch/sweep.py configs/sweeps/compare.py --workdir=$(COMPARE) --run -- \
+	$(BIN)/python launch/sweep.py configs/sweeps/compare.py --workdir=$(COMPARE) --run --jobs=$(JOBS) -- \
 	  --config.init_from=$(COMPARE)/towers --config.data.dir=$(DATA)
 	$(BIN)/python -m alignvlm_jax compare --workdir=$(COMPARE) --baseline=connectors/align --document=docs/results.md
 
@@ -80,7 +83,7 @@ ALIGN_WINS := runs/align_wins$(patsubst %,_%,$(SHORT))
 align-wins: export JAX_COMPILATION_CACHE_DIR = $(ALIGN_WINS)/.compiled
 align-wins: setup  ## when ALIGN wins: vocabularies, steps and language models by connector, into docs/results.md (hours; SHORT=short: a trial)
 	$(BIN)/python -m alignvlm_jax prepare --format=documents --out=$(DATA)
-	$(BIN)/python launch/sweep.py configs/sweeps/align_wins.py$(patsubst %,:%,$(SHORT)) --workdir=$(ALIGN_WINS) --run -- \
+	$(BIN)/python launch/sweep.py configs/sweeps/align_wins.py$(patsubst %,:%,$(SHORT)) --workdir=$(ALIGN_WINS) --run --jobs=$(JOBS) -- \
 	  --config.data.dir=$(DATA)
 	$(BIN)/python -m alignvlm_jax compare --workdir=$(ALIGN_WINS) \
 	  $(if $(SHORT),,--document=docs/results.md --place="make align-wins")
