@@ -224,10 +224,8 @@ def _tile_labels(
       data: k is its `max_patch_labels`.
     """
     rows, columns = vision.patch_grid
-    is_at_centre = data.label_unit == "letter"
+    patch_area = vision.patch_height * vision.patch_width
     boxes = placed.boxes
-    top_ids = np.full((data.max_patch_labels, vision.num_patches), space_id, np.int32)
-    top_areas = np.zeros(top_ids.shape, np.float32)
     # [M, 2] each, in pixels of the tile: where a token starts and stops. Clipped to the crop, a
     # token outside of it has no extent.
     x = (boxes[:, 0::2].clip(crop[0], crop[2]) - crop[0]) * scale[0]
@@ -240,49 +238,58 @@ def _tile_labels(
     # [rows, columns]: the area of a box in a patch is a product, since patches are cells of a grid,
     # and the sum over boxes a product of matrices.
     unread = (height[~is_read].T @ width[~is_read]).ravel()
-    covered = np.zeros(vision.num_patches, np.float32)
-    if is_read.any():
-        ids = placed.ids[shown][is_read]
-        # [M, rows] and [M, columns] give [M, P].
-        read = height[is_read]
-        covered = (read.T @ width[is_read]).ravel()
-        if is_at_centre:
-            on_page = ((boxes[:, 0] + boxes[:, 2]) / 2)[shown][is_read]
-            middles = (on_page - crop[0]) * scale[0]
-            sloped = _at(middles, vision.patch_width, columns, data.label_slope)
-            # Of a crop that ends before its tile does, what lies beyond is another tile's.
-            sloped[on_page >= crop[2]] = 0
-        else:
-            sloped = _overlap(x[shown][is_read], vision.patch_width, columns, data.label_slope)
-        areas = (read[:, :, None] * sloped[:, None, :]).reshape(len(ids), -1)
-        # A token that occurs twice in a patch is one label. Equal ids are neighbours, and reduceat
-        # sums each run of them: areas become [different tokens, P].
-        starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
-        areas = np.add.reduceat(areas, starts, axis=0)
-        ids = ids[starts]
-        has_text = covered >= MIN_COVERED * vision.patch_height * vision.patch_width
-        # The uncovered rest of a line within the patch is space, so that labels tell how far the
-        # text reaches. `height.max(0)`, [rows], is the height of the highest token in a row of
-        # patches.
-        line = np.repeat(height.max(0) * vision.patch_width, columns)
-        rest = np.maximum(line - areas.sum(0) - unread, 0)
-        # A letter that has its middle here stands for all of the patch.
-        rest = np.where(areas.any(0), 0, 1) if is_at_centre else rest
-        blank = np.where(has_text, rest, 1)
-        ids = np.append(ids, space_id)
-        areas = np.vstack([areas * has_text, blank])
-        # k rounds of argmax are cheaper than a sort, as k is small, and of equal areas the smallest
-        # id is always first (but for the space, which is last).
-        every_patch = np.arange(vision.num_patches)
-        for rank in range(min(data.max_patch_labels, len(ids))):
-            largest = areas.argmax(0)
-            top_areas[rank] = areas[largest, every_patch]
-            top_ids[rank] = np.where(top_areas[rank] > 0, ids[largest], space_id)
-            areas[largest, every_patch] = 0
+    # [M, rows] and [M, columns] give [M, P].
+    read = height[is_read]
+    covered = (read.T @ width[is_read]).ravel()
+    is_at_centre = data.label_unit == "letter"
+    if is_at_centre:
+        middles = ((boxes[:, 0] + boxes[:, 2]) / 2)[shown][is_read]
+        sloped = _at((middles - crop[0]) * scale[0], vision.patch_width, columns, data.label_slope)
+        # Of a crop that ends before its tile does, what lies beyond is another tile's.
+        sloped[middles >= crop[2]] = 0
     else:
-        top_areas[0] = 1
-    area = vision.patch_height * vision.patch_width
-    return top_ids.T, top_areas.T, covered / area, unread / area
+        sloped = _overlap(x[shown][is_read], vision.patch_width, columns, data.label_slope)
+    areas = (read[:, :, None] * sloped[:, None, :]).reshape(len(read), vision.num_patches)
+    ids, areas = _sum_of_equal(placed.ids[shown][is_read], areas)
+    # The uncovered rest of a line within the patch is space, so that labels tell how far the text
+    # reaches. `height.max(0)`, [rows], is the height of the highest token in a row of patches.
+    line = np.repeat(height.max(0, initial=0) * vision.patch_width, columns)
+    rest = np.maximum(line - areas.sum(0) - unread, 0)
+    # A letter that has its middle here stands for all of the patch.
+    rest = np.where(areas.any(0), 0, 1) if is_at_centre else rest
+    has_text = covered >= MIN_COVERED * patch_area
+    ids = np.append(ids, space_id)
+    areas = np.vstack([areas * has_text, np.where(has_text, rest, 1)])
+    top_ids, top_areas = _largest(ids, areas, data.max_patch_labels, space_id)
+    return top_ids, top_areas, covered / patch_area, unread / patch_area
+
+
+def _sum_of_equal(ids: np.ndarray, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns different ids [d] and the sum of the areas of each [d, P], of sorted ids [M] and
+    their areas [M, P]: a token that occurs twice in a patch is one label."""
+    if not len(ids):
+        return ids, areas
+    # Equal ids are neighbours, and reduceat sums each run of them.
+    starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
+    return ids[starts], np.add.reduceat(areas, starts, axis=0)
+
+
+def _largest(
+    ids: np.ndarray, areas: np.ndarray, count: int, space_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ids of the largest areas in each patch, int32 [P, count], and these, float32 [P,
+    count]; where there are fewer, spaces of area 0. `areas` [d, P] is used up."""
+    every_patch = np.arange(areas.shape[1])
+    top_ids = np.full((count, len(every_patch)), space_id, np.int32)
+    top_areas = np.zeros(top_ids.shape, np.float32)
+    # k rounds of argmax are cheaper than a sort, as k is small, and of equal areas the smallest id
+    # is always first (but for the space, which is last).
+    for rank in range(min(count, len(ids))):
+        largest = areas.argmax(0)
+        top_areas[rank] = areas[largest, every_patch]
+        top_ids[rank] = np.where(top_areas[rank] > 0, ids[largest], space_id)
+        areas[largest, every_patch] = 0
+    return top_ids.T, top_areas.T
 
 
 def _overlap(spans: np.ndarray, size: int, count: int, slope: float = 0.0) -> np.ndarray:
