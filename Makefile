@@ -68,7 +68,7 @@ JOBS ?= 1
 
 # Runs of other seeds are the same programs: they are compiled once.
 compare: export JAX_COMPILATION_CACHE_DIR = $(COMPARE)/.compiled
-compare: setup  ## every connector and part of ALIGN, three seeds each, into docs/results.md (an hour, an hour and a half beside other work)
+compare: setup  ## every connector and part of ALIGN, three seeds each, into docs/results.md (an hour; JOBS=2: two at a time)
 	$(BIN)/python -m alignvlm_jax prepare --format=documents --out=$(DATA)
 	$(BIN)/python -m alignvlm_jax train --config=configs/compare.py:towers --workdir=$(COMPARE)/towers \
 	  --config.data.dir=$(DATA)
@@ -81,7 +81,7 @@ SHORT ?=
 ALIGN_WINS := runs/align_wins$(patsubst %,_%,$(SHORT))
 
 align-wins: export JAX_COMPILATION_CACHE_DIR = $(ALIGN_WINS)/.compiled
-align-wins: setup  ## when ALIGN wins: vocabularies, steps and language models by connector, into docs/results.md (hours; SHORT=short: a trial)
+align-wins: setup  ## when ALIGN wins: vocabularies, steps and language models by connector, into docs/results.md (hours; JOBS=2: two at a time; SHORT=short: a trial)
 	$(BIN)/python -m alignvlm_jax prepare --format=documents --out=$(DATA)
 	$(BIN)/python launch/sweep.py configs/sweeps/align_wins.py$(patsubst %,:%,$(SHORT)) --workdir=$(ALIGN_WINS) --run --jobs=$(JOBS) -- \
 	  --config.data.dir=$(DATA)

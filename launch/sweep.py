@@ -17,14 +17,16 @@ A sweep file has sweep(ARG), which yields (name, config file with its argument, 
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +56,15 @@ class Run(NamedTuple):
     workdir: str
     num_steps: int
     source: str
+
+    def starts_from(self, other: "Run") -> bool:
+        """Whether it starts from another run: from its folder, or a checkpoint in it."""
+        # As paths, of which "./runs" and "runs" are one; a bucket's are taken as they are.
+        source, folder = (
+            path if "://" in path else os.path.realpath(path)
+            for path in (self.source, other.workdir)
+        )
+        return bool(self.source) and f"{source}/".startswith(f"{folder}/")
 
     def last_step(self) -> int:
         """The newest step that is saved; 0 without one.
@@ -117,9 +128,15 @@ def main(argv: Sequence[str]) -> int:
     if prefix is None:
         return 0
     unfinished = [run for run in runs if run.state() != "finished"]
-    if args.jobs > 1 and not args.dry_run:
-        return together(unfinished, prefix, args.jobs)
-    return start(unfinished, prefix, args.dry_run)
+    if args.dry_run:
+        for run in unfinished:
+            print(shlex.join([*prefix, *run.arguments]))
+        return 0
+    try:
+        return start(unfinished, prefix, args.jobs)
+    except UserError as err:
+        print(f"sweep.py: error: {err}", file=sys.stderr)
+        return 1
 
 
 def read(sweep: str, workdir: str, common: Sequence[str] = ()) -> list[Run]:
@@ -157,59 +174,107 @@ def read(sweep: str, workdir: str, common: Sequence[str] = ()) -> list[Run]:
     return runs
 
 
-def start(runs: Sequence[Run], prefix: list[str], dry_run: bool) -> int:
-    """Hands every run to a command, one after the other; one that fails does not keep the others
-    from starting."""
-    failed = []
-    for run in runs:
-        command = [*prefix, *run.arguments]
-        print(shlex.join(command), flush=True)
-        if dry_run:
-            continue
+def start(runs: Sequence[Run], prefix: list[str], jobs: int = 1) -> int:
+    """Hands every run to a command, `jobs` at a time; returns the exit status.
+
+    Several share the cores, and what each prints goes to WORKDIR.log. A run waits for the one that
+    it starts from, and is left out where that failed; another that fails keeps none from starting.
+    """
+    work = _Work(runs, prefix, jobs)
+    with _signals() as came:
         try:
-            status = _status(command)
-        except KeyboardInterrupt:
+            while (work.waiting or work.running) and not came:
+                work.start_ready()
+                work.take_ended(came)
+        except OSError as err:
+            _end(work.running)
+            print(f"sweep.py: error: {err.filename or 'output'}: {err.strerror}", file=sys.stderr)
+            return 1
+        if signal.SIGTERM in came:
+            _end(work.running)
+            return 143
+        if came:
+            # The runs have had their own, and save before they end: a second would end them.
+            _wait(work.running)
             print("stopped; the same command goes on", file=sys.stderr)
             return 1
-        except OSError as err:
-            print(f"sweep.py: error: {command[0]}: {err.strerror}", file=sys.stderr)
-            return 1
-        if status:
-            failed.append(run.name)
-    return _report(failed, len(runs))
+    if work.failed:
+        names = ", ".join(run.name for run in work.failed)
+        of = f"{len(work.failed)} of {len(runs)}"
+        print(f"sweep.py: error: {of} failed: {names}", file=sys.stderr)
+    return int(bool(work.failed))
 
 
-def together(runs: Sequence[Run], prefix: list[str], jobs: int) -> int:
-    """Trains `jobs` runs at a time, each on its share of the cores; a run waits for the one that it
-    starts from. What a run prints goes to WORKDIR.log."""
-    waiting = list(runs)
-    shares = list(range(jobs))
-    running: dict[subprocess.Popen, tuple[Run, int, float]] = {}
-    failed = []
+class _Work:
+    """The runs that wait, those that run, each with its share of the cores, and those that failed
+    or were left out."""
+
+    def __init__(self, runs: Sequence[Run], prefix: list[str], jobs: int) -> None:
+        self._runs = runs
+        self._prefix = prefix
+        self._jobs = jobs
+        self._shares = list(range(jobs))
+        self.waiting = list(runs)
+        self.running: dict[subprocess.Popen, tuple[Run, int]] = {}
+        self.failed: list[Run] = []
+
+    def start_ready(self) -> None:
+        """Starts runs that wait for no other, as many as there are shares for.
+
+        Raises:
+          UserError: all that wait start from one another.
+          OSError: the command is not there, or the log cannot be written.
+        """
+        for run in self.waiting.copy():
+            sources = [one for one in self._runs if one is not run and run.starts_from(one)]
+            busy = [*self.waiting, *(run for run, _ in self.running.values())]
+            if any(one in self.failed for one in sources):
+                print(f"{run.name}  not started: {sources[0].name} failed", flush=True)
+                self.waiting.remove(run)
+                self.failed.append(run)
+            elif self._shares and not any(one in busy for one in sources):
+                command = [*self._prefix, *run.arguments]
+                print(shlex.join(command), flush=True)
+                log = f"{run.workdir}.log" if self._jobs > 1 else ""
+                process = _started(command, log, self._shares[0], self._jobs)
+                self.running[process] = (run, self._shares.pop(0))
+                self.waiting.remove(run)
+        if self.waiting and not self.running:
+            names = ", ".join(run.name for run in self.waiting)
+            raise UserError(f"runs that start from one another: {names}")
+
+    def take_ended(self, came: Sequence[int]) -> None:
+        """Waits until a run has ended or a signal came, and notes what has ended."""
+        while self.running and not came:
+            ended = [process for process in self.running if process.poll() is not None]
+            for process in ended:
+                run, share = self.running.pop(process)
+                self._shares.append(share)
+                self.failed += [run] * bool(process.returncode)
+                if self._jobs > 1:
+                    how = f"failed, see {run.workdir}.log" if process.returncode else "finished"
+                    left = len(self.waiting) + len(self.running)
+                    print(f"{run.name}  {how}; {left} left", flush=True)
+            if ended:
+                return
+            time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Yields the list that SIGINT and SIGTERM are put into, in the place of what they do."""
+    came: list[int] = []
+    # An exception instead could come when a run has started and is not yet known as such.
+    handlers = {
+        one: signal.signal(one, lambda number, _: came.append(number))
+        for one in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(one) is not signal.SIG_IGN
+    }
     try:
-        while waiting or running:
-            busy = {run.workdir for run in (*waiting, *(run for run, _, _ in running.values()))}
-            ready = [run for run in waiting if run.source not in busy]
-            for run, share in zip(ready, shares.copy(), strict=False):
-                process = _started([*prefix, *run.arguments], f"{run.workdir}.log", share, jobs)
-                waiting.remove(run)
-                shares.remove(share)
-                running[process] = (run, share, time.monotonic())
-            for process in _ended(running):
-                run, share, began = running.pop(process)
-                shares.append(share)
-                failed += [run.name] * bool(process.returncode)
-                how = f"failed, see {run.workdir}.log" if process.returncode else "finished"
-                seconds = time.monotonic() - began
-                left = len(waiting) + len(running)
-                print(f"{run.name}  {how} after {seconds:.0f} s; {left} left", flush=True)
-    except KeyboardInterrupt:
-        # They have had the Ctrl-C too, and save before they end.
-        for process in running:
-            process.wait()
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 1
-    return _report(failed, len(runs))
+        yield came
+    finally:
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
 
 
 def num_cores() -> int:
@@ -218,62 +283,45 @@ def num_cores() -> int:
 
 
 def _started(command: list[str], log: str, share: int, jobs: int) -> subprocess.Popen:
-    """Starts a command on every `jobs`-th core, from that of number `share` on."""
-    Path(log).parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as file:
-        if not hasattr(os, "sched_setaffinity"):
-            return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        cores = os.sched_getaffinity(0)
-        # Of this thread, whose children inherit it: XLA makes as many threads as it may use cores.
-        os.sched_setaffinity(0, sorted(cores)[share::jobs])
-        try:
-            return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        finally:
-            os.sched_setaffinity(0, cores)
+    """Starts a command on every `jobs`-th core, from that of number `share` on; its output goes to
+    a file, or with "" to where ours goes."""
+    with contextlib.ExitStack() as stack:
+        output = None
+        if log:
+            Path(log).parent.mkdir(parents=True, exist_ok=True)
+            output = stack.enter_context(open(log, "ab"))
+        if hasattr(os, "sched_setaffinity"):
+            cores = os.sched_getaffinity(0)
+            stack.callback(os.sched_setaffinity, 0, cores)
+            # Of this thread, whose children inherit it: XLA makes a thread for each such core.
+            os.sched_setaffinity(0, sorted(cores)[share::jobs])
+        return subprocess.Popen(command, stdout=output, stderr=output and subprocess.STDOUT)
 
 
-def _ended(running: Iterable[subprocess.Popen]) -> list[subprocess.Popen]:
-    """Waits until some of these have ended; returns them."""
-    while not (ended := [process for process in running if process.poll() is not None]):
-        time.sleep(0.1)
-    return ended
+def _end(running: Collection[subprocess.Popen]) -> None:
+    """Ends all of these, and waits for them to save."""
+    for process in running:
+        process.terminate()
+    _wait(running)
 
 
-def _report(failed: Sequence[str], number: int) -> int:
-    """Says which of a number of runs failed; returns the exit status."""
-    if failed:
-        print(
-            f"sweep.py: error: {len(failed)} of {number} failed: {', '.join(failed)}",
-            file=sys.stderr,
-        )
-    return int(bool(failed))
-
-
-def _status(command: list[str]) -> int:
-    """Runs a command.
-
-    Of Ctrl-C the run has had its own, and saves before it ends; subprocess.run would kill it.
-    """
-    with subprocess.Popen(command) as process:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            process.wait()
-            raise
+def _wait(running: Collection[subprocess.Popen]) -> None:
+    for process in running:
+        process.wait()
 
 
 def _run(name: str, arguments: list[str], workdir: str, stages: tuple[Config, ...]) -> Run:
     folder = f"{workdir.rstrip('/')}/{name}"
     num_steps = sum(stage.train.num_steps for stage in stages)
     arguments = ["train", *arguments, f"--workdir={folder}"]
-    return Run(name, arguments, folder, num_steps, stages[0].init_from.rstrip("/"))
+    return Run(name, arguments, folder, num_steps, stages[0].init_from)
 
 
 if __name__ == "__main__":
+    status = 0
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # Who reads the list has seen enough, as `head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
     sys.exit(status)

@@ -36,7 +36,7 @@ from alignvlm_jax.shapes import Array, Bool, Float, UInt8
 
 CONTRAST = 24
 """Levels of `data.blank_contrast`, of a model that was trained with all patches."""
-MIN_SPACE = 0.9
+MIN_SPACE = 0.5
 """Probability of the space token above which a patch says that it is blank."""
 TURNS = 5
 LABELS = {"none": "none", "pixels": "by pixels", "patches": "by what they say"}

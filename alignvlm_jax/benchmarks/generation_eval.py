@@ -55,7 +55,6 @@ class GenerationEval:
         extents = [one for one in exchange.gather(self._builder.extent(own)) if one is not None]
         # Room for the longest in the cache; each prompt is read in the bucket of its own size.
         self._length = max(length for length, _ in extents)
-        batching.check_context(self._length, self._max_new_tokens, config.longest_context)
 
     def run(
         self, params: Params, eval_step: EvalStep, should_stop: Callable[[], bool]
@@ -66,7 +65,7 @@ class GenerationEval:
         if should_stop():
             return None
         count = len(self._chosen.places)
-        # That they fit was seen before the first step.
+        # That they fit `check` has seen.
         prompts = Prompts(count, self._builder, self._prompt, self._length, longest_context=0)
         generated: list[str] = []
         for one in batching.answer(
@@ -123,7 +122,8 @@ def check(config: Config, opened: StageData) -> None:
     builder = ExampleBuilder.of(config, opened.tokenizer)
     # Each process builds every n-th prompt: pages are opened once, not once a host.
     for number in range(jax.process_index(), len(chosen.places), jax.process_count()):
-        chosen.prompt(number, builder)
+        length, _ = builder.extent([chosen.prompt(number, builder)], multiple=1)
+        batching.check_context(length, config.eval.max_new_tokens, config.longest_context)
 
 
 def _choose(sources: Mapping[str, TrainSequences], count: int, opened: StageData) -> _Chosen:

@@ -237,7 +237,9 @@ def _lines(values: Sequence[dict[str, Any]]) -> str:
 
 Rows = list[dict[str, Any]]
 TOLD_SECONDS = 30
-"""How often a log is told how far it is."""
+"""How often a log is told how far it is, at most."""
+PAUSE = 0.02
+"""Seconds between rows of two batches, at least."""
 
 
 def collect(
@@ -278,19 +280,22 @@ def collect(
             is_log = not (bar.disable or bar.console.is_terminal)
             if is_log:
                 bar.console.print(f"{name}: {count - done:,} of {count:,} {things} to go")
-            started = told = time.monotonic()
+            started = told = last = time.monotonic()
+            line = ""
             for made in make(done):
-                writer.append(made)
                 now = time.monotonic()
-                number = len(writer.predictions.rows)
-                # Since the start, where rich counts between rows: those of a batch come at once.
-                rate = (number - done) / max(now - started, 1e-9)
-                pace = f"{rate:.2g} {things}/s, {duration((count - number) / rate)} left"
-                bar.update(shown, completed=number, pace=pace)
-                # In a log a bar is a line at the end.
-                if is_log and now - told > TOLD_SECONDS:
+                # Of what there was before a pause: of a batch's rows the first alone tells nothing.
+                if line and now - told > TOLD_SECONDS and now - last > PAUSE:
                     told = now
-                    bar.console.print(f"{name}: {number:,} of {count:,}, {pace}")
+                    bar.console.print(line)
+                last = now
+                writer.append(made)
+                number = len(writer.predictions.rows)
+                # Where texts are longer than a batch, some bring no row.
+                if number > done:
+                    pace = _pace(number - done, now - started, count - number, things)
+                    bar.update(shown, completed=number, pace=pace)
+                    line = f"{name}: {number:,} of {count:,}, {pace}" if is_log else ""
         return writer.publish()
 
 
@@ -331,6 +336,14 @@ def _locked(path: Path, name: str) -> Iterator[None]:
         # The other processes wait until the main one holds the lock.
         exchange.barrier()
         yield
+
+
+def _pace(number: int, seconds: float, left: int, things: str) -> str:
+    """Returns the things done a second, and the time left. Both since the start: rich's own rate is
+    that between rows, of which those of a batch come at once."""
+    rate = number / max(seconds, 1e-9)
+    shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+    return f"{shown} {things}/s, {duration(left / rate)} left"
 
 
 def _progress_bar() -> progress.Progress:

@@ -245,11 +245,23 @@ class Config:
         return self.model.vision.num_patches
 
     @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt to expect of the stage: of one record, though a packed
+        sequence holds many. It has all tiles that a record may have, and the text that a sequence
+        full of tiles has room for; where blank patches are left out, that may be all of it."""
+        data = self.data
+        if data.blank_contrast:
+            return data.seq_len
+        text = data.seq_len - data.max_tiles * self.tokens_per_tile
+        return min(text + data.tiles_of_a_record * self.model.tokens_per_tile, data.seq_len)
+
+    @property
     def longest_context(self) -> int:
         """Tokens of the longest text that the language model knows, in training here or before it
         was published; 0 where that is not known."""
         known = self.model.llm.context_length
-        return known and max(known, self.data.seq_len)
+        # Not of the sequence: positions of a packed one begin anew with every record.
+        return known and max(known, self.longest_prompt)
 
     @property
     def needs_words(self) -> bool:

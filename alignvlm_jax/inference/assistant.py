@@ -122,8 +122,9 @@ class Assistant:
           costs no answers.
 
         Raises:
-          UserError: a page cannot be read, a prompt is longer than `data.seq_len`, or there are
-            not as many pages as questions, or a value is out of its range.
+          UserError: a page cannot be read, a prompt is longer than `data.seq_len`, or with its
+            answer than what the language model knows, or there are not as many pages as questions,
+            or a value is out of its range.
         """
         decoding = Decoding(temperature, top_p, repetition_penalty, seed)
         # What is wrong is found here, before anything is read or computed.

@@ -81,7 +81,8 @@ def answer(
     all call this, and each gets all answers.
 
     Raises:
-      UserError: a prompt cannot be built, and `prompts` skips none.
+      UserError: a prompt cannot be built or is too long, see `check_context`, and `prompts` skips
+        none.
     """
     queue = _Queue(prompts, size, max_new_tokens)
     rows = _Rows(sampler, variables, prompts, size, max_new_tokens, decoding)
@@ -269,10 +270,12 @@ class _Rows:
         return places
 
     def advance(self, queue: _Queue) -> None:
-        """Sets the devices to work until enough rows are free for prompts that wait, or as many
-        answers more have ended as are worth telling of."""
-        num_working = len(self._numbers) - -(-self._size // TOLD_FRACTION)
-        num_working = max(self._size - self._least(queue), num_working, 0)
+        """Sets the devices to work until enough rows are free for prompts that wait; if none does,
+        until as many answers more have ended as are worth telling of."""
+        if len(queue):
+            num_working = max(self._size - self._least(queue), 0)
+        else:
+            num_working = max(len(self._numbers) - -(-self._size // TOLD_FRACTION), 0)
         self._state = self._sampler.advance(
             self._variables, self._state, self._num_new, num_working
         )

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from alignvlm_jax.config import Config, DataConfig
+from alignvlm_jax.config import Config
 from alignvlm_jax.inference import answering, decoding
 from alignvlm_jax.inference.answering import Answering
 from alignvlm_jax.models.decoder import CACHE_AXES, Cache
@@ -194,27 +194,11 @@ def _shardings(mesh: Mesh) -> Any:
     )
 
 
-def longest_prompt(data: DataConfig, tokens_per_tile: int, tokens_per_prompt_tile: int) -> int:
-    """Returns the tokens of the longest prompt to expect of a stage: of one record, though a packed
-    sequence holds many. It has all tiles that a record may have, and the text that a sequence full
-    of tiles has room for; where blank patches are left out, that may be all of it.
-
-    Args:
-      data: of the stage.
-      tokens_per_tile: image tokens of a tile in the stage's training sequences.
-      tokens_per_prompt_tile: those of a tile in a prompt.
-    """
-    if data.blank_contrast:
-        return data.seq_len
-    text = data.seq_len - data.max_tiles * tokens_per_tile
-    return min(text + data.tiles_of_a_record * tokens_per_prompt_tile, data.seq_len)
-
-
 def abstract_prompts(
     config: Config, batch_size: int, mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes, dtypes and shardings of a batch of prompts as long as `longest_prompt`."""
-    length = longest_prompt(config.data, config.tokens_per_tile, config.model.tokens_per_tile)
+    """Returns shapes, dtypes and shardings of a batch of the longest prompts of a config."""
+    length = config.longest_prompt
     tiles = config.data.tiles_of_a_record
     data = dataclasses.replace(config.data, max_tiles=tiles, seq_len=length)
     shapes = abstract_batch(config.model, data, batch_size)

@@ -98,9 +98,7 @@ def make(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> G
     mesh = mesh_lib.make_mesh(config.mesh, config.model, None, devices)
     most = config.eval.batch_size
     num_new = config.eval.max_new_tokens
-    length = sampler.longest_prompt(
-        config.data, config.tokens_per_tile, config.model.tokens_per_tile
-    )
+    length = config.longest_prompt
     num_devices = mesh_lib.data_parallel_size(mesh)
     batch_size = batching.batch_size(most, most, num_devices)
     prefill_size = batching.prefill_size(batch_size, length, num_devices)

@@ -171,7 +171,8 @@ class Server:
         try:
             batching.check_context(num_prompt, number, longest)
         except UserError as err:
-            raise ApiError(400, str(err), "context_length_exceeded", "max_tokens") from err
+            param = "max_tokens" if num_prompt < longest else "messages"
+            raise ApiError(400, str(err), "context_length_exceeded", param) from err
         return number
 
     async def _open(self, chat: ChatRequest, function: Callable, *args: object) -> Any:

@@ -48,6 +48,8 @@ def test_a_log_is_told_how_far_it_is_and_how_long_it_takes_from_the_start(
     monkeypatch.setattr(predictions.time, "monotonic", lambda: now[0])
 
     def make(done):
+        # A batch within the first text.
+        yield []
         now[0] += 60
         # As the answers of a batch: both at the same moment.
         yield [{"id": 0}]
@@ -57,8 +59,16 @@ def test_a_log_is_told_how_far_it_is_and_how_long_it_takes_from_the_start(
 
     collect(tmp_path / "a.jsonl", make)
     told = [line for line in capsys.readouterr().err.splitlines() if " left" in line]
-    assert told[0] == "held_out: 1 of 3, 0.017 texts/s, 2 min 00 s left"
-    assert told[1] == "held_out: 3 of 3, 0.025 texts/s, 0 s left"
+    assert told[0] == "held_out: 2 of 3, 0.033 texts/s, 30 s left"
+    assert predictions._pace(300, 2, 1, "texts") == "150 texts/s, 0 s left"
+
+
+def test_steps_that_bring_no_row_are_no_error(tmp_path):
+    assert collect(tmp_path / "a.jsonl", lambda done: [[], *rows(done), []]).rows == [
+        {"id": 0},
+        {"id": 1},
+        {"id": 2},
+    ]
 
 
 def rows(done):

@@ -176,7 +176,7 @@ def test_runs_at_a_time_share_the_cores_and_wait_for_what_they_start_from(
         esac
         echo end $* >> {tmp_path}/log""",
     )
-    assert sweep.together(runs, [str(script)], 2) == 1
+    assert sweep.start(runs, [str(script)], 2) == 1
     lines = [
         (line.split()[0], line[line.index("seed=") + 5])
         for line in (tmp_path / "log").read_text().splitlines()
@@ -184,7 +184,7 @@ def test_runs_at_a_time_share_the_cores_and_wait_for_what_they_start_from(
     assert sorted(lines[:2]) == [("begin", "1"), ("begin", "3")]
     assert lines[2:] == [("end", "1"), ("begin", "2"), ("end", "2")]
     out, err = capsys.readouterr()
-    assert f"other  failed, see {tmp_path}/runs/other.log after" in out and "0 left" in out
+    assert f"other  failed, see {tmp_path}/runs/other.log; " in out and "0 left" in out
     assert "error: 1 of 3 failed: other" in err
     cores = sorted(os.sched_getaffinity(0))
     # Each has half of the cores, and this process all of them again.
@@ -192,6 +192,69 @@ def test_runs_at_a_time_share_the_cores_and_wait_for_what_they_start_from(
         told = (tmp_path / "runs" / f"{name}.log").read_text()
         if len(cores) == 2:
             assert told.strip().endswith(f": {cores[share]}")
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_starts_from_a_run_that_failed_is_not_started(tmp_path, capsys, jobs):
+    source = f"{tmp_path}/./runs//tower/checkpoints/100"
+    (tmp_path / "chain.py").write_text(CHAIN.replace("RUNS/tower", source))
+    script = command(tmp_path, f'echo $* >> {tmp_path}/log; case "$*" in *seed=1*) exit 3;; esac')
+    runs = sweep.read(f"{tmp_path}/chain.py", f"{tmp_path}/runs")
+    assert sweep.start(runs, [str(script)], jobs) == 1
+    assert "seed=2" not in (tmp_path / "log").read_text()
+    assert "seed=3" in (tmp_path / "log").read_text()
+    out, err = capsys.readouterr()
+    assert "reads  not started: tower failed" in out
+    assert "error: 2 of 3 failed: tower, reads" in err
+
+
+def test_a_run_does_not_start_from_one_whose_name_begins_alike():
+    run = sweep.Run("a", [], "runs/tower", 1, "")
+    assert not run.starts_from(run)
+    for source, expected in (
+        ("runs/tower/", True),
+        ("./runs/tower/checkpoints/7", True),
+        (f"{ROOT}/runs/tower", True),
+        ("runs/tower2", False),
+        ("gs://runs/tower", False),
+    ):
+        assert sweep.Run("b", [], "runs/b", 1, source).starts_from(run) == expected
+
+
+def test_runs_that_start_from_one_another_are_named(tmp_path, capsys):
+    (tmp_path / "ring.py").write_text(
+        "def sweep():\n"
+        "    for name, other in ('ab', 'ba'):\n"
+        f"        yield name, 'configs/compare.py', {{'init_from': f'{tmp_path}/runs/{{other}}'}}\n"
+    )
+    assert sweep.main([f"{tmp_path}/ring.py", f"--workdir={tmp_path}/runs", "--run"]) == 1
+    assert "error: runs that start from one another: a, b" in capsys.readouterr().err
+
+
+def test_no_run_is_left_alone_where_another_cannot_be_started(two, tmp_path, capsys):
+    (tmp_path / "runs" / "second.log").mkdir(parents=True)
+    script = command(tmp_path, "while true; do sleep 0.05; done")
+    assert sweep.start(sweep.read(str(two), f"{tmp_path}/runs"), [str(script)], 2) == 1
+    assert "runs/second.log: Is a directory" in capsys.readouterr().err
+    assert subprocess.run(["pgrep", "-f", script], stdout=subprocess.DEVNULL).returncode == 1
+
+
+def test_sigterm_ends_what_runs(two, tmp_path):
+    script = command(tmp_path, f"trap 'sleep 0.5; echo saved >> {tmp_path}/log; exit 143' TERM; "
+                               f"echo up >> {tmp_path}/log\n"
+                     "while true; do sleep 0.05; done")  # fmt: skip
+    sweeping = subprocess.Popen(
+        [sys.executable, ROOT / "launch" / "sweep.py", two, f"--workdir={tmp_path}/runs", f"--submit={script}"],
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        while not (tmp_path / "log").exists():
+            time.sleep(0.05)
+        sweeping.send_signal(signal.SIGTERM)
+        assert sweeping.wait(timeout=30) == 143
+    finally:
+        sweeping.kill()
+    assert (tmp_path / "log").read_text().split() == ["up", "saved"]
 
 
 def test_more_runs_at_a_time_than_cores_are_refused(two, tmp_path, monkeypatch, capsys):
@@ -233,7 +296,7 @@ def test_ctrl_c_waits_for_all_that_run_at_a_time(two, tmp_path):
                      "while true; do sleep 0.05; done")  # fmt: skip
     code = (
         "import sys; from launch import sweep; "
-        f"sys.exit(sweep.together(sweep.read({str(two)!r}, '{tmp_path}/runs'), ['{script}'], 2))"
+        f"sys.exit(sweep.start(sweep.read({str(two)!r}, '{tmp_path}/runs'), ['{script}'], 2))"
     )
     sweeping = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE,

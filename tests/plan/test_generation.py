@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from alignvlm_jax.inference import sampler
+from alignvlm_jax.models.connectors import REGISTRY
 from tests.conftest import tiny_config
 
 
@@ -20,11 +20,23 @@ from tests.conftest import tiny_config
     ids=str,
 )
 def test_a_prompt_is_of_one_record(changes, tokens):
-    data = dataclasses.replace(tiny_config().data, **changes)
-    assert sampler.longest_prompt(data, 8, 8) == tokens
+    config = tiny_config()
+    assert config.tokens_per_tile == config.model.tokens_per_tile == 8
+    data = dataclasses.replace(config.data, **changes)
+    assert dataclasses.replace(config, data=data).longest_prompt == tokens
 
 
 def test_oracle_visual_tokens_are_of_training_alone():
     """There a tile has 8 image tokens, in a prompt 2."""
-    data = dataclasses.replace(tiny_config().data, max_tiles=2)
-    assert sampler.longest_prompt(data, 8, 2) == (32 - 2 * 8) + 2 * 2
+    config = tiny_config()
+    model = dataclasses.replace(
+        config.model, connector=REGISTRY["perceiver"].Options(name="perceiver", num_latents=2)
+    )
+    config = dataclasses.replace(
+        config,
+        model=model,
+        data=dataclasses.replace(config.data, max_tiles=2),
+        train=dataclasses.replace(config.train, visual_source="oracle"),
+    )
+    assert (config.tokens_per_tile, model.tokens_per_tile) == (8, 2)
+    assert config.longest_prompt == (32 - 2 * 8) + 2 * 2

@@ -249,6 +249,23 @@ def test_stages_without_questions_are_told_before_the_first_step(config, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_answers_beyond_what_the_language_model_knows_are_told_before_the_first_step(
+    config, tmp_path
+):
+    llm = dataclasses.replace(config.model.llm, context_length=64)
+    long = dataclasses.replace(
+        config,
+        stage="long",
+        model=dataclasses.replace(config.model, llm=llm),
+        eval=dataclasses.replace(config.eval, max_new_tokens=config.data.seq_len + 64),
+    )
+    mute = dataclasses.replace(config.train, generate_every=0)
+    first = dataclasses.replace(long, stage="first", train=mute)
+    with pytest.raises(UserError, match=r"the prompt has \d+ tokens .* allow at most \d+ new"):
+        loop.train((first, long), tmp_path / "run", Console(file=io.StringIO()), EVALUATORS)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture
 def with_pages_alone(config, tmp_path) -> Config:
     """The config where source "b" has no questions, and pages whose words are not known; the task
