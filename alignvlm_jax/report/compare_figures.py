@@ -80,7 +80,8 @@ def _draw_settings(axes: Axes, found: Mapping[str, Mapping[str, Row]], sigma: fl
         axes.scatter(places, means, s=26, color=color, zorder=3, label=name.replace("_", " "))
     titles = [name.replace("_", "\n") for name in found]
     axes.set_xticks(range(len(found)), titles, fontsize=8.5)
-    axes.set_title(f"Noise of {sigma:g} standard deviations" if sigma else "Without noise")
+    unit = "standard deviation" if sigma == 1 else "standard deviations"
+    axes.set_title(f"Noise of {sigma:g} {unit}" if sigma else "Without noise")
     axes.set_ylim(0, 1)
     axes.grid(axis="y")
 

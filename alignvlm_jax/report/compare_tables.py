@@ -136,7 +136,7 @@ def noise(title: str, rows: Sequence[Row]) -> Grid:
         mean = anls.mean(0)
         # A model that scores nothing has nothing to keep.
         kept = f"{mean[one] / mean[0]:.0%}" if mean[0] else "–"
-        span = f"{lost.mean():.1f} ({lost.min():.1f} to {lost.max():.1f})"
+        span = _spread(lost, 1)
         lines.append(
             [
                 _name(row, rows),
@@ -239,9 +239,10 @@ def _trial(runs: Sequence[Mapping[str, Any]]) -> str:
     return f"{np.mean([run['anls'] for run in runs]):.3f} ({count} words)"
 
 
-def _spread(values: np.ndarray) -> str:
-    """Returns a cell: mean (least to most)."""
-    return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
+def _spread(values: np.ndarray, digits: int = 3) -> str:
+    """Returns a cell: mean (least to most), or of a single seed its value."""
+    mean, least, most = (f"{x:.{digits}f}" for x in (values.mean(), values.min(), values.max()))
+    return f"{mean} ({least} to {most})" if len(values) > 1 else mean
 
 
 def _steps(steps: Sequence[int | None]) -> str:

@@ -115,6 +115,12 @@ def test_tables_stand_in_the_place_that_is_marked(tmp_path):
     assert document.read_text() == "no place"
 
 
+def test_a_single_seed_has_no_spread():
+    text = compare_tables.markdown({"connectors": [Row("align", ALIGN.runs[:1]), MLP]})
+    scores, noise, _ = cells(text, "align")
+    assert scores[0] == "0.600" and noise[2] == "30.0"
+
+
 def settings() -> dict[str, list[Row]]:
     """Two settings with the same rows, and the second has one more."""
     return {"vocabulary_1024": [MLP, ALIGN], "vocabulary_128": [ALIGN, MLP, Row("x", MLP.runs)]}
