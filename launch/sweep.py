@@ -110,6 +110,8 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--jobs is {args.jobs}; this machine has cores for 1 to {cores}")
     if args.jobs > 1 and not args.run:
         parser.error("--jobs needs --run: what is submitted is not waited for")
+    if args.jobs > 1 and "://" in args.workdir:
+        parser.error(f"--jobs writes logs beside the runs, and {args.workdir} is no folder here")
     try:
         runs = read(args.sweep, args.workdir, argv[end + 1 :])
     except UserError as err:

@@ -12,7 +12,7 @@ from alignvlm_jax.config import Config, TrainConfig
 from alignvlm_jax.data import chat, validation
 from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.data.loader import TrainSequences
-from alignvlm_jax.data.sequences import PackedSequence
+from alignvlm_jax.data.sequences import PackedSequence, prompt_length
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.errors import UserError, counted
@@ -122,7 +122,7 @@ def check(config: Config, opened: StageData) -> None:
     builder = ExampleBuilder.of(config, opened.tokenizer)
     # Each process builds every n-th prompt: pages are opened once, not once a host.
     for number in range(jax.process_index(), len(chosen.places), jax.process_count()):
-        length, _ = builder.extent([chosen.prompt(number, builder)], multiple=1)
+        length = prompt_length(chosen.prompt(number, builder))
         batching.check_context(length, config.eval.max_new_tokens, config.longest_context)
 
 

@@ -252,8 +252,7 @@ class ExampleBuilder:
         prompts have; None of none."""
         if not prompts:
             return None
-        # A prompt is segment 1 throughout: the sum is its length.
-        longest = max(int(prompt["segment_ids"].sum()) for prompt in prompts)
+        longest = max(map(sequences.prompt_length, prompts))
         num_tiles = max(map(self.num_tiles, prompts))
         return -(-longest // multiple) * multiple, num_tiles
 

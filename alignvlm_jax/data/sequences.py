@@ -18,6 +18,12 @@ def build_text(tokens: np.ndarray, length: int, tokenizer: Tokenizer) -> PackedS
     return text_arrays([(tokens, loss_weights)], length, tokenizer)
 
 
+def prompt_length(prompt: PackedSequence) -> int:
+    """Returns the tokens of a prompt, those of images included, without padding."""
+    # A prompt is segment 1 throughout: the sum is its length.
+    return int(prompt["segment_ids"].sum())
+
+
 def trim(prompt: PackedSequence, length: int, num_tiles: int) -> PackedSequence:
     """Returns a prompt of at most so many tokens and tiles."""
     ends = {"tiles": num_tiles, "kept_patches": num_tiles}

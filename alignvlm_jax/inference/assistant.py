@@ -13,7 +13,7 @@ from PIL import Image
 
 from alignvlm_jax import storage
 from alignvlm_jax.config import DataConfig, VisionConfig
-from alignvlm_jax.data import loader, tiling
+from alignvlm_jax.data import loader, sequences, tiling
 from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.data.images import Tiles
 from alignvlm_jax.data.sequences import PackedSequence
@@ -192,7 +192,7 @@ class Assistant:
         # The rows of a batch divide over the devices: all are the same prompt.
         rows = batching.batch_size(1, 1, loaded.data_parallel_size)
         embeddings_BTD = self._embedder(loaded.variables, loader.stack([trimmed] * rows))
-        return np.asarray(embeddings_BTD[0, : int(trimmed["segment_ids"].sum())], np.float32)
+        return np.asarray(embeddings_BTD[0, : sequences.prompt_length(trimmed)], np.float32)
 
     @functools.cached_property
     def _embedder(self) -> Callable[..., jax.Array]:

@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from alignvlm_jax.data import sequences
 from alignvlm_jax.data.sequences import PackedSequence
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import batching, patch_tokens
@@ -157,7 +158,7 @@ class Server:
                     "invalid_value", "max_tokens",
                 )  # fmt: skip
             prompt = await self._open(chat, self._reader.prompt, chat)
-            max_tokens = self._max_tokens(chat, int((prompt["segment_ids"] > 0).sum()))
+            max_tokens = self._max_tokens(chat, sequences.prompt_length(prompt))
         # Messages hold the files.
         return dataclasses.replace(chat, messages=()), prompt, max_tokens
 

@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from alignvlm_jax.data import chat, loader
+from alignvlm_jax.data import chat, loader, sequences
 from alignvlm_jax.data.sequences import PackedSequence
 from alignvlm_jax.inference import buckets
 from alignvlm_jax.inference import decoding as decoding_lib
@@ -67,7 +67,7 @@ class Job:
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the prompt, image tokens included."""
-        return int((self.prompt["segment_ids"] > 0).sum())
+        return sequences.prompt_length(self.prompt)
 
     def cancel(self) -> None:
         """Ends the work at it: nobody listens any more."""

@@ -69,14 +69,14 @@ def sweep(form: str = "whole") -> Iterator[tuple[str, str, dict[str, object]]]:
     folder = f"{FOLDER}_short" if is_short else FOLDER
     runs = []
     for sizes in (VOCABULARIES[:-1], VOCABULARIES[-1:]):
-        runs += [_towers(folder, size, is_short) for size in sizes]
+        runs += [_tower(folder, size, is_short) for size in sizes]
         runs += _settings(folder, sizes, is_short)
     seconds = sum(_seconds(name, fields) for name, _, fields in runs)
     print(f"{len(runs)} runs, about {seconds / 60:,.0f} min of steps on 2 cores", file=sys.stderr)
     yield from runs
 
 
-def _towers(folder: str, size: int, is_short: bool) -> tuple[str, str, dict[str, object]]:
+def _tower(folder: str, size: int, is_short: bool) -> tuple[str, str, dict[str, object]]:
     """Returns the run that trains both towers or, beside the encoder of that one, an LLM."""
     is_first = size == VOCABULARIES[0]
     steps = TEXT_STEPS | ENCODER_STEPS if is_first else TEXT_STEPS

@@ -239,22 +239,41 @@ def test_no_run_is_left_alone_where_another_cannot_be_started(two, tmp_path, cap
     assert subprocess.run(["pgrep", "-f", script], stdout=subprocess.DEVNULL).returncode == 1
 
 
-def test_sigterm_ends_what_runs(two, tmp_path):
-    script = command(tmp_path, f"trap 'sleep 0.5; echo saved >> {tmp_path}/log; exit 143' TERM; "
-                               f"echo up >> {tmp_path}/log\n"
-                     "while true; do sleep 0.05; done")  # fmt: skip
+def signalled(tmp_path: Path, sent: signal.Signals, arguments: list, count: int):
+    """Sends a signal once so many runs are up; returns the exit status, what stands on stderr, and
+    what the runs of `saving` have written."""
+    log = tmp_path / "log"
     sweeping = subprocess.Popen(
-        [sys.executable, ROOT / "launch" / "sweep.py", two, f"--workdir={tmp_path}/runs", f"--submit={script}"],
-        stdout=subprocess.DEVNULL,
+        [sys.executable, *arguments], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        while not (tmp_path / "log").exists():
+        while not log.exists() or len(log.read_text().split()) < count:
             time.sleep(0.05)
-        sweeping.send_signal(signal.SIGTERM)
-        assert sweeping.wait(timeout=30) == 143
+        # As a terminal does it, Ctrl-C goes to the whole process group.
+        send = os.killpg if sent == signal.SIGINT else os.kill
+        send(sweeping.pid, sent)
+        _, error = sweeping.communicate(timeout=30)
     finally:
         sweeping.kill()
-    assert (tmp_path / "log").read_text().split() == ["up", "saved"]
+    return sweeping.returncode, error, log.read_text().split()
+
+
+def saving(tmp_path: Path, name: str, status: int) -> Path:
+    """A command that runs until a signal of this name comes, and saves then."""
+    return command(tmp_path, f"trap 'sleep 1; echo saved >> {tmp_path}/log; exit {status}' {name}; "
+                             f"echo up >> {tmp_path}/log\n"
+                   "while true; do sleep 0.05; done")  # fmt: skip
+
+
+def submitted(two: Path, tmp_path: Path, script: Path) -> list:
+    return [ROOT / "launch" / "sweep.py", two, f"--workdir={tmp_path}/runs", f"--submit={script}"]
+
+
+def test_sigterm_ends_what_runs(two, tmp_path):
+    arguments = submitted(two, tmp_path, saving(tmp_path, "TERM", 143))
+    status, _, log = signalled(tmp_path, signal.SIGTERM, arguments, 1)
+    assert status == 143 and log == ["up", "saved"]
 
 
 def test_more_runs_at_a_time_than_cores_are_refused(two, tmp_path, monkeypatch, capsys):
@@ -264,6 +283,7 @@ def test_more_runs_at_a_time_than_cores_are_refused(two, tmp_path, monkeypatch, 
         (["--run", "--jobs=3"], "--jobs is 3; this machine has cores for 1 to 2"),
         (["--run", "--jobs=0"], "--jobs is 0"),
         (["--jobs=2"], "--jobs needs --run"),
+        (["--run", "--jobs=2", "--workdir=gs://b/runs"], "gs://b/runs is no folder here"),
     ):
         with pytest.raises(SystemExit) as stopped:
             sweep.main([*arguments, *more])
@@ -271,46 +291,21 @@ def test_more_runs_at_a_time_than_cores_are_refused(two, tmp_path, monkeypatch, 
 
 
 def test_ctrl_c_waits_for_the_run_to_save_and_starts_no_other(two, tmp_path):
-    """As a terminal does it: the signal goes to the whole process group."""
-    script = command(tmp_path, f"trap 'sleep 1; echo saved >> {tmp_path}/log; exit 1' INT; echo "
-                               f"up >> {tmp_path}/log\n"
-                     "while true; do sleep 0.05; done")  # fmt: skip
-    sweeping = subprocess.Popen(
-        [sys.executable, ROOT / "launch" / "sweep.py", two, f"--workdir={tmp_path}/runs", f"--submit={script}"],
-        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        while not (tmp_path / "log").exists():
-            time.sleep(0.05)
-        os.killpg(sweeping.pid, signal.SIGINT)
-        _, error = sweeping.communicate(timeout=30)
-    finally:
-        sweeping.kill()
-    assert sweeping.returncode == 1 and "the same command goes on" in error
-    assert (tmp_path / "log").read_text().split() == ["up", "saved"]
+    arguments = submitted(two, tmp_path, saving(tmp_path, "INT", 1))
+    status, error, log = signalled(tmp_path, signal.SIGINT, arguments, 1)
+    assert status == 1 and "the same command goes on" in error
+    assert log == ["up", "saved"]
 
 
 def test_ctrl_c_waits_for_all_that_run_at_a_time(two, tmp_path):
-    script = command(tmp_path, f"trap 'sleep 1; echo saved >> {tmp_path}/log; exit 1' INT; echo "
-                               f"up >> {tmp_path}/log\n"
-                     "while true; do sleep 0.05; done")  # fmt: skip
+    script = saving(tmp_path, "INT", 1)
     code = (
         "import sys; from launch import sweep; "
         f"sys.exit(sweep.start(sweep.read({str(two)!r}, '{tmp_path}/runs'), ['{script}'], 2))"
     )
-    sweeping = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    try:
-        while not (tmp_path / "log").exists() or len((tmp_path / "log").read_text().split()) < 2:
-            time.sleep(0.05)
-        os.killpg(sweeping.pid, signal.SIGINT)
-        _, error = sweeping.communicate(timeout=30)
-    finally:
-        sweeping.kill()
-    assert sweeping.returncode == 1 and "the same command goes on" in error
-    assert (tmp_path / "log").read_text().split() == ["up", "up", "saved", "saved"]
+    status, error, log = signalled(tmp_path, signal.SIGINT, ["-c", code], 2)
+    assert status == 1 and "the same command goes on" in error
+    assert log == ["up", "up", "saved", "saved"]
 
 
 @pytest.mark.parametrize(
