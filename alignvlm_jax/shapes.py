@@ -7,7 +7,7 @@ H  query heads               K  key-value heads           G  query heads a key-v
 h  head dimension            V  vocabulary                L  layers (scanned)
 v  columns of a shard of V   c  columns of a chunk of v
 C  channels                  Y, X  pixels of a tile       k  labels of a patch, or its likeliest
-M  visual tokens of a tile, of a sequence or of all       n  any axis
+M  visual tokens of a tile, of a sequence or of all       n  rows of a shard, or any axis
 r  squeezed channels         y, x  rows and columns of a grid, or of a group; Y, X of another
 
 An axis that may be of two kinds has a name in lower case, such as `heads`, of queries or of keys. A

@@ -153,8 +153,8 @@ class Sample(NamedTuple):
 
     Attributes:
       ids: which.
-      weights: how many entries each stands for: 1 of a label, and of the others as many as make up
-        the vocabulary.
+      weights: how many entries each stands for: 1 of a label where all of them are there, and of
+        the others as many as make up the vocabulary.
     """
 
     ids: Int[Array, "S"]
@@ -168,17 +168,19 @@ class Sample(NamedTuple):
         entries.
 
         The draw is a function of the labels, so that a step has no state of its own. Of more labels
-        than `size` some are left out.
+        than `size` some, drawn as well, are left out: those there stand for them.
         """
         ids_V = jnp.arange(vocab_size)
         is_label_V = jnp.zeros(vocab_size, bool).at[label_ids.reshape(-1)].set(True)
         draws_V = jax.random.uniform(jax.random.key(label_ids.sum()), (vocab_size,))
         # Labels come first, and what pads the table last: it stands for nothing.
-        draws_V = jnp.where(is_label_V, 2.0, jnp.where(ids_V < num_valid, draws_V, -1.0))
+        # Drawn among themselves, too: by their ids, rare tokens would be left out in every step.
+        draws_V = jnp.where(ids_V < num_valid, draws_V + 2.0 * is_label_V, -1.0)
         _, ids_S = jax.lax.top_k(draws_V, size)
-        num_labels = jnp.minimum(is_label_V.sum(), size)
-        others = (num_valid - num_labels) / jnp.maximum(min(size, num_valid) - num_labels, 1)
-        weights_S = jnp.where(is_label_V[ids_S], 1.0, others)
+        num_there = jnp.minimum(is_label_V.sum(), size)
+        labels = is_label_V.sum() / jnp.maximum(num_there, 1)
+        others = (num_valid - is_label_V.sum()) / jnp.maximum(min(size, num_valid) - num_there, 1)
+        weights_S = jnp.where(is_label_V[ids_S], labels, others)
         return cls(ids_S, jnp.where(ids_S < num_valid, weights_S, 0.0))
 
 
@@ -200,7 +202,8 @@ def sampled_cross_entropy(
       head: W, a parameter.
       norm: gain, bias and epsilon of LN over the vocabulary; None leaves it out.
       label_ids: tokens that each row shows. All labels of all rows are among the entries; where
-        they are more than `size`, a row with one that is left out has no loss.
+        they are more than `size`, a row with one that is left out has no loss, and those that have
+        one count for it.
       label_weights: see `soft_cross_entropy`.
       num_valid: the columns from here on only pad the table.
       size: entries of the sample.
@@ -217,5 +220,8 @@ def sampled_cross_entropy(
     log_sum_exp_N = jax.nn.logsumexp(logits_NS, axis=-1, b=sample.weights)
     picked_Nk = entries.pick_labels(logits_NS, label_ids, sample.ids)
     nll_N = soft_cross_entropy(picked_Nk, log_sum_exp_N, label_weights)
-    is_there_Nk = jnp.isin(label_ids, sample.ids) | (label_weights == 0)
-    return jnp.where(is_there_Nk.all(-1), nll_N, 0.0)
+    is_there_N = (jnp.isin(label_ids, sample.ids) | (label_weights == 0)).all(-1)
+    # The mean of a batch is over all of its rows: left out at 0 they would make it look better.
+    has_label_N = (label_weights > 0).any(-1)
+    factor = has_label_N.sum() / jnp.maximum((has_label_N & is_there_N).sum(), 1)
+    return jnp.where(is_there_N, factor * nll_N, 0.0)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from alignvlm_jax.shapes import Array, Float, Int
 
@@ -39,6 +40,17 @@ class Inputs(NamedTuple):
     bias: Float[Array, "v"] | None = None
 
 
+class Outputs(NamedTuple):
+    """Of each row: the average, in the dtype of x; the logits of its labels; the log of the sum
+    that normalises P; and the largest logit of an entry that may have weight, which hands no
+    gradient on."""
+
+    average: Float[Array, "n out_width"] | None
+    label_logits: Float[Array, "n k"]
+    log_sum_exp: Float[Array, "n"]
+    largest: Float[Array, "n"]
+
+
 class Options(NamedTuple):
     """How the softmax is made.
 
@@ -61,6 +73,11 @@ class Options(NamedTuple):
     @property
     def head_letters(self) -> str:
         return "VD" if self.is_table else "DV"
+
+    @property
+    def chunk_letters(self) -> str:
+        """Of the head's columns in a chunk."""
+        return "cD" if self.is_table else "Dc"
 
 
 def mesh_axes(logical: str) -> tuple[str, ...]:
@@ -243,7 +260,7 @@ class Statistics(NamedTuple):
         is_exact = part.dtype != jnp.bfloat16
         part = jnp.where(is_counted[:, None], part - mean if is_exact else part, 0)
         gram = jnp.einsum(
-            "VD,VE->DE",
+            "vD,vE->DE",
             part,
             part,
             precision=jax.lax.Precision.HIGHEST if is_exact else None,
@@ -276,7 +293,7 @@ class Rows(NamedTuple):
     def logits(self, chunk: Chunk, letters: str) -> tuple[Float[Array, "n c"], Float[Array, "n c"]]:
         """Returns the logits normalised, and after LN's gain and bias; without LN both are x W."""
         logits = jnp.einsum(
-            f"ND,{letters}->NV", self.x, chunk.head, preferred_element_type=jnp.float32
+            f"nD,{letters}->nc", self.x, chunk.head, preferred_element_type=jnp.float32
         )
         if chunk.scale is None:
             return logits, logits
@@ -295,11 +312,17 @@ def _exact_matmul(x: Float[Array, "n D"], matrix: Float[Array, "D E"]) -> Float[
     return sum(jnp.matmul(x, half, preferred_element_type=jnp.float32) for half in halves)
 
 
+def stored(x: Float[Array, "n c"], dtype: DTypeLike) -> Float[Array, "n c"]:
+    """Returns x in the dtype, made before what uses it. Without the barrier the TPU's compiler
+    makes it anew for every tile of each matmul that reads it, which took twice as long."""
+    return jax.lax.optimization_barrier(x.astype(dtype))
+
+
 def through_statistics(
-    dx_ND: Float[Array, "n D"],
+    dx_nD: Float[Array, "n D"],
     dhead: Float[Array, "..."] | None,
-    sum_N: Float[Array, "n"],
-    sum_normed_N: Float[Array, "n"],
+    sum_n: Float[Array, "n"],
+    sum_normed_n: Float[Array, "n"],
     rows: Rows,
     columns: Columns,
     statistics: Statistics,
@@ -315,31 +338,31 @@ def through_statistics(
         dW -= u 1^T + H (W - w 1^T),  u = sum_n rstd m1 x,  H = sum_n rstd^2 m2 x x^T
 
     Args:
-      sum_N: V m1.
-      sum_normed_N: V m2.
+      sum_n: V m1.
+      sum_normed_n: V m2.
     """
-    dx_ND -= rows.rstd * (
-        sum_N[:, None] * statistics.mean + sum_normed_N[:, None] * rows.rstd * rows.x_covariance
+    dx_nD -= rows.rstd * (
+        sum_n[:, None] * statistics.mean + sum_normed_n[:, None] * rows.rstd * rows.x_covariance
     )
     if dhead is None:
-        return dx_ND, None
+        return dx_nD, None
     x32 = rows.x.astype(jnp.float32)
-    weighted_ND = x32 * rows.rstd / options.num_valid
-    u_D = sum_scattered((weighted_ND * sum_N[:, None]).sum(0), axes)
+    weighted_nD = x32 * rows.rstd / options.num_valid
+    u_D = sum_scattered((weighted_nD * sum_n[:, None]).sum(0), axes)
     h_DD = jnp.einsum(
-        "ND,NE->DE",
-        (weighted_ND * rows.rstd * sum_normed_N[:, None]).astype(rows.x.dtype),
+        "nD,nE->DE",
+        (weighted_nD * rows.rstd * sum_normed_n[:, None]).astype(rows.x.dtype),
         rows.x,
         preferred_element_type=jnp.float32,
     )
     h_DD = sum_scattered(h_DD, axes)
     constant_D = u_D - h_DD @ statistics.mean
-    correction_DV = constant_D[:, None] + jnp.einsum(
-        f"ED,{options.head_letters}->EV",
+    correction_Dv = constant_D[:, None] + jnp.einsum(
+        f"ED,{options.head_letters.replace('V', 'v')}->Ev",
         h_DD.astype(rows.x.dtype),
         columns.whole.head,
         preferred_element_type=jnp.float32,
     )
-    is_valid_V = columns.whole.ids < options.num_valid
-    correction_DV = jnp.where(is_valid_V, correction_DV, 0.0)
-    return dx_ND, dhead - (correction_DV.T if options.is_table else correction_DV)
+    is_valid_v = columns.whole.ids < options.num_valid
+    correction_Dv = jnp.where(is_valid_v, correction_Dv, 0.0)
+    return dx_nD, dhead - (correction_Dv.T if options.is_table else correction_Dv)

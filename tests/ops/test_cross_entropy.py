@@ -211,7 +211,21 @@ def test_a_sample_estimates_the_loss_of_all_entries():
     assert np.abs(np.mean(found)) < 0.1 < np.std(found)
 
 
-def test_labels_that_find_no_place_in_a_sample_have_no_loss():
+def test_labels_that_find_no_place_in_a_sample_have_no_loss_and_others_count_for_them():
     labels = np.arange(12, dtype=np.int32)[:, None]
     nll, _, _ = sampled(8, labels)
     assert (np.asarray(nll) > 0).sum() == 8 and np.isfinite(nll).all()
+
+
+def test_which_labels_find_no_place_is_drawn():
+    """Of the least they would be the rarest tokens, in every step; and the mean is no better."""
+    num_there = np.zeros(12)
+    ratios = []
+    for seed in range(100):
+        # A label that moves from draw to draw, beside twelve that stay.
+        labels = np.append(np.arange(12), 12 + seed % 38).astype(np.int32)[:, None]
+        nll, expected, _ = sampled(9, labels, seed=seed)
+        num_there += np.asarray(nll)[:12] > 0
+        ratios.append(np.asarray(nll).mean() / expected.mean())
+    assert num_there.min() > 50 and num_there.max() < 90
+    assert abs(np.mean(ratios) - 1) < 0.1
