@@ -14,6 +14,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def not_negative(text: str) -> int:
+    """Returns a whole number from 0 on, as of a seed."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return int(text)
+
+
 def amount(text: str) -> float:
     """Returns a number above 0, as of a price."""
     try:

@@ -81,21 +81,24 @@ class Analysis(Protocol):
     def sentence(self, written: Mapping[str, Any]) -> str:
         """Returns a sentence with the main numbers, for the report."""
 
-    def section(self, folder: Path, written: Mapping[str, Any]) -> dict[str, Any]:
+    def section(
+        self, folder: Path, written: Mapping[str, Any], of_data: str = ""
+    ) -> dict[str, Any]:
         """Returns the values that the template of the report shows.
 
         The picture is NAME.png in `folder`, where NAME.json lies, or None if it was not drawn.
+        `of_data` is " of FOLDER" where that was looked at and is none of the run's.
         """
         path = folder / f"{self.name}.png"
         return {
             "title": self.title,
             "sentence": self.sentence(written),
-            "source": _source(written),
+            "source": _source(written, of_data),
             "picture": html.png_uri(path.read_bytes()) if path.exists() else None,
         }
 
 
-def _source(written: Mapping[str, Any]) -> str:
+def _source(written: Mapping[str, Any], of_data: str) -> str:
     """Returns which questions, pages and checkpoint an analysis was made of, in words."""
     # By the flags that analyses share: with neither, it is an analysis of the checkpoint alone.
     settings = written["settings"]
@@ -104,7 +107,9 @@ def _source(written: Mapping[str, Any]) -> str:
         parts.append(f"{settings['num_questions']:,} questions of {settings['split']}")
     if "pages" in settings:
         parts.append(f"patches of {settings['pages']}")
-    return ", ".join([*parts, f"step {written['step']}"]).replace("_", " ")
+    # Folders keep their names as they are.
+    sources = [part.replace("_", " ") + of_data for part in parts]
+    return ", ".join([*sources, f"step {written['step']}"])
 
 
 def check_splits(data: DataConfig, evaluation: EvalConfig, args: argparse.Namespace) -> None:
@@ -194,6 +199,7 @@ def write(
         "train_seconds": loaded.metadata["train_seconds"],
         "connector": loaded.config.model.connector.name,
         "settings": dict(settings),
+        **_data(loaded, settings),
         **results,
     }
     # In one step, since a report may read it at any time. Without ensure_ascii tokens stay legible.
@@ -201,3 +207,13 @@ def write(
     path.parent.mkdir(exist_ok=True)
     storage.write_whole(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
     return path
+
+
+def _data(loaded: Loaded, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the folder of the data that an analysis with these flags was made of, and its
+    fingerprint, as headers of predictions have them; empty if it reads none."""
+    # What reads no data has to work where they are gone.
+    if not {"split", "pages"} & set(settings):
+        return {}
+    folder = loaded.config.data.dir
+    return {"folder": str(folder), "data": prepared.fingerprint(folder)}

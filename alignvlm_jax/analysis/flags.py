@@ -71,13 +71,13 @@ def add_words(parser: argparse.ArgumentParser) -> None:
         default=[1, 2, 4, 8],
         help="words that a patch keeps; default: 1,2,4,8",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    _add_seed(parser)
 
 
 def add_pca(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the coverage of the space of text embeddings."""
     _add_usage(parser)
-    parser.add_argument("--seed", type=int, default=0)
+    _add_seed(parser)
 
 
 def add_layers(parser: argparse.ArgumentParser) -> None:
@@ -90,13 +90,13 @@ def add_layers(parser: argparse.ArgumentParser) -> None:
         help="most tokens of the text whose states are held, after every layer, and most visual "
         "tokens; default: 4096",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    _add_seed(parser)
 
 
 def add_separation(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the distances between visual tokens of letters."""
     _add_pages(parser)
-    parser.add_argument("--seed", type=int, default=0)
+    _add_seed(parser)
 
 
 def add_cost(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +112,12 @@ def add_cost(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_seed(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag of an analysis that draws numbers."""
+    # numpy takes none below 0, and says so only once the model is loaded.
+    parser.add_argument("--seed", type=flag_types.not_negative, default=0)
+
+
 def _add_perturbation(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that all perturbations have."""
     parser.add_argument(
@@ -122,7 +128,7 @@ def _add_perturbation(parser: argparse.ArgumentParser) -> None:
         "page's pixels, or content that is moved. Each has a --help of its own",
     )
     add_questions(parser)
-    parser.add_argument("--seed", type=int, default=0)
+    _add_seed(parser)
 
 
 def _add_sigmas(parser: argparse.ArgumentParser, default: list[float], text: str) -> None:

@@ -120,9 +120,9 @@ class Noise(Analysis):
         enough = 0.9 * clean["anls"]
         kept = [*itertools.takewhile(lambda point: point["anls"] >= enough, points)]
         last = points[-1]
-        if kept:
+        if kept and clean["anls"]:
             text += f"; at least nine tenths of that are left up to {size.format(kept[-1][field])}"
-        else:
+        elif clean["anls"]:  # Of nothing there are no nine tenths.
             least = size.format(points[0][field])
             text += f"; less than nine tenths of that are left at {least} already"
         text += f", and ANLS {last['anls']:.3f} at {last[field]:.3g}"

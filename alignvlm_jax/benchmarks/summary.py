@@ -16,6 +16,29 @@ from alignvlm_jax.inference.loading import Loaded
 from alignvlm_jax.train import metrics
 
 FILE = "summary.json"
+OF_QUESTIONS = ("questions_crc32", "data")
+"""Fields of a header of predictions that say which questions are asked, about which documents."""
+OF_CHECKPOINT = ("step", "train_seconds")
+"""Fields of a header of predictions that say which checkpoint is asked."""
+
+
+def are_alike(first: Predictions, second: Predictions, fields: Sequence[str]) -> bool:
+    """Whether two predictions have the same in some fields of their headers."""
+    return all(first.header.get(name) == second.header.get(name) for name in fields)
+
+
+def blind_of(results: Mapping[tuple[str, bool], Predictions], split: str) -> Predictions | None:
+    """Returns the predictions on blank pages of a split; None if there are none, or they are not of
+    the same questions, asked of the same checkpoint, as those with pages.
+
+    An evaluation that was stopped has made the one anew, and left the other as it was.
+    """
+    seen = results.get((split, False))
+    blind = results.get((split, True))
+    # Without those with pages there is nothing that they could be mixed with.
+    if seen and blind and not are_alike(seen, blind, OF_QUESTIONS + OF_CHECKPOINT):
+        return None
+    return blind
 
 
 def summarize(
@@ -31,7 +54,7 @@ def summarize(
       splits: names of the splits. Scores of the first have plain names (`anls`), those of others
         end in the split (`anls_unseen_fonts`).
       results: predictions by (split, whether pages are blank). Those that are missing leave their
-        fields out.
+        fields out, and so do those on blank pages that are of other questions.
       of_tasks: predictions by task, for the field `tasks`, which is left out if there are none.
     """
     fields: dict[str, Any] = {}
@@ -50,8 +73,8 @@ def summarize(
                 f"num_cut{end}": with_pages.num_cut(),
             }
             fields |= {name: value for name, value in more.items() if value is not None}
-        if (split, True) in results:
-            fields[f"anls_blind{end}"] = results[split, True].mean("score")
+        if blind := blind_of(results, split):
+            fields[f"anls_blind{end}"] = blind.mean("score")
     if of_tasks:
         fields["tasks"] = {name: _of_task(result) for name, result in of_tasks.items()}
     return fields | {

@@ -9,6 +9,7 @@ tables.
 """
 
 import dataclasses
+import fnmatch
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,6 +44,10 @@ The same number of pages chooses the vocabulary entries that are kept, and shows
 visual tokens are compared.
 """
 
+BETWEEN_SEEDS = ("seed", "init_from", *workdir.RESUMABLE_FIELDS)
+"""The fields, and patterns of fields, in which runs of a row may differ: one may start from what its
+own seed has trained before."""
+
 REACHED = 0.5
 """The ANLS up to which `Row.steps_to_read` counts the steps."""
 
@@ -70,10 +75,17 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row of a table: the runs of all seeds of one configuration."""
+    """A row of a table: the runs of all seeds of one configuration.
+
+    Attributes:
+      name: of the row, which no other of its table has.
+      runs: in the order of their seeds.
+      is_baseline: whether it was added to its table, and is a row of another one.
+    """
 
     name: str
     runs: tuple[Run, ...]
+    is_baseline: bool = False
 
     def values(self, field: str) -> np.ndarray:
         """Returns a field of the summary of every run, [number of runs]."""
@@ -110,7 +122,8 @@ def find(folder: Path) -> list[Path]:
     """Returns the workdirs of the runs in a folder, sorted.
 
     Raises:
-      UserError: there are none, one is not finished, or two of a table have different questions.
+      UserError: there are none, one is not finished, two of a table have different questions, or
+        two of a row differ in more than the seed.
     """
     found = sorted(
         path.parent for path in folder.glob(f"*/*/{workdir.CONFIG_FILE}") if _name(path.parent)
@@ -119,22 +132,49 @@ def find(folder: Path) -> list[Path]:
         raise UserError(f"{folder} has no runs named TABLE/ROW_seedN")
     firsts: dict[str, Path] = {}
     for run in found:
-        stages = _stages(run)
-        steps = sum(stage.train.num_steps for stage in stages)
+        steps = sum(stage.train.num_steps for stage in _stages(run))
         if not (run / checkpoint.FOLDER / str(steps)).is_dir():
             raise UserError(f"{run} is not finished: it has no checkpoint of step {steps}")
-        # Each run is compared with the first of its table.
-        first = firsts.setdefault(run.parent.name, run)
-        last = stages[-1]
-        ours = _questions_of(last.data, last.eval)
-        last = _stages(first)[-1]
-        theirs = _questions_of(last.data, last.eval)
-        if ours != theirs:
-            raise UserError(
-                f"{run} is asked {ours}, {first} {theirs}: scores of a table are of the same "
-                "questions"
-            )
+        # Each run is compared with the first of its table, and with the first of its row.
+        _check_questions(run, firsts.setdefault(run.parent.name, run))
+        _check_row(run, firsts.setdefault(row_of(run), run))
     return found
+
+
+def _check_questions(run: Path, first: Path) -> None:
+    """Raises UserError where two runs of a table are asked different questions."""
+    lasts = [_stages(one)[-1] for one in (run, first)]
+    ours, theirs = (_questions_of(last.data, last.eval) for last in lasts)
+    if ours != theirs:
+        raise UserError(
+            f"{run} is asked {ours}, {first} {theirs}: scores of a table are of the same questions"
+        )
+
+
+def _check_row(run: Path, first: Path) -> None:
+    """Raises UserError where a run has not the seed of its name, or differs from the first of its
+    row in more than the seed: a mean of both would be that of neither."""
+    # Before the differences: of a run that was copied to another name, this tells the most.
+    _, named = _name(run)
+    stages = [_stages(one) for one in (run, first)]
+    if (seed := stages[0][-1].seed) != named:
+        raise UserError(f"{run} was trained with config.seed={seed}, not {named} as its name says")
+    found = [
+        f"{field} is {ours} and {theirs}"
+        for field, ours, theirs in workdir.differences(*map(config_lib.to_json, stages))
+        if not _differs_between_seeds(field)
+    ]
+    if found:
+        more = len(found) - workdir.MAX_DIFFERENCES
+        shown = ", ".join(found[: workdir.MAX_DIFFERENCES]) + f" and {more} more" * (more > 0)
+        raise UserError(f"{run} is no other seed of {first}: {shown}")
+
+
+def _differs_between_seeds(field: str) -> bool:
+    """Whether a field, as `workdir.differences` names it, may differ between runs of a row."""
+    # "config.stages.read.optim.b1" and "config.optim.b1" are both "optim.b1".
+    name = re.sub(r"^config\.(stages\.[^.]+\.)?", "", field)
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in BETWEEN_SEEDS)
 
 
 def row_of(run: Path) -> str:
@@ -146,7 +186,10 @@ def row_of(run: Path) -> str:
 def is_measured(run: Path) -> bool:
     """Whether a run has measurements, made as `measure` would make them now."""
     path = run / FILE
-    return path.exists() and _read_json(path)["way"] == _way(run)
+    found = _read_json(path) if path.exists() else {}
+    # What lacks a part, as an empty object does, is made anew.
+    is_whole = isinstance(found, dict) and found.keys() >= {"way", "summary", "analyses"}
+    return is_whole and found["way"] == _way(run)
 
 
 def measure(run: Path) -> None:
@@ -211,6 +254,9 @@ def read(runs: Sequence[Path]) -> dict[str, list[Row]]:
 def with_baseline(tables: Tables, name: str) -> dict[str, list[Row]]:
     """Returns the tables with one row added to all others that have the same questions.
 
+    Where a table has a row of that name already, as those of a sweep do, the added one is called
+    "ROW of TABLE".
+
     Args:
       tables: the tables.
       name: TABLE/ROW, the row to add.
@@ -223,8 +269,13 @@ def with_baseline(tables: Tables, name: str) -> dict[str, list[Row]]:
         config = row.runs[0].config
         return _questions_of(config.data, config.eval)
 
+    def joined(rows: Sequence[Row]) -> list[Row]:
+        is_taken = row_name in {row.name for row in rows}
+        name = f"{row_name} of {table}" if is_taken else row_name
+        return _sorted([*rows, dataclasses.replace(baseline, name=name, is_baseline=True)])
+
     return {
-        other: _sorted([*rows, baseline])
+        other: joined(rows)
         if other != table and questions_of(rows[0]) == questions_of(baseline)
         else list(rows)
         for other, rows in tables.items()
@@ -237,7 +288,11 @@ def settings(tables: Tables) -> dict[str, dict[str, Row]]:
     They are if several rows of the first stand in all others, too; else there are none. Numbers in
     the names of tables are sorted as numbers.
     """
-    named = {table: {row.name: row for row in rows} for table, rows in tables.items()}
+    # Not baselines, whose numbers are those of another setting.
+    named = {
+        table: {row.name: row for row in rows if not row.is_baseline}
+        for table, rows in tables.items()
+    }
     common = set.intersection(*map(set, named.values()))
     if len(tables) < 2 or len(common) < 2:
         return {}

@@ -4,7 +4,7 @@ the model itself."""
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,21 +103,47 @@ def splits(run: Run) -> list[str]:
     )
 
 
-def other_data(run: Run, seen: Predictions) -> str:
+def other_data(run: Run, made: Mapping[str, Any]) -> str:
     """Returns the folder that was asked about, as " of NAME", where it is none of the run's; else
-    nothing."""
+    nothing. `made` is the header of predictions, or an analysis as it was written."""
     # By fingerprints: the run's folder may have been moved, or prepared anew since.
-    trained = run.loaded.metadata.get("data") if run.loaded else None
-    data = seen.header.get("data", trained)
-    if data == trained:
+    data = _fingerprint_of(run, made)
+    if data == _trained_on(run):
         return ""
     # The fingerprint of a mixture is of all its sources together, and one of them was asked about.
-    for folder in (run.stages[-1].data.dir, *run.stages[-1].data.folders):
+    if _having(data, (run.stages[-1].data.dir, *run.stages[-1].data.folders)):
+        return ""
+    return f" of {Path(made.get('folder', 'other data')).name}"
+
+
+def folders_of(run: Run, header: Mapping[str, Any]) -> list[str]:
+    """Returns the folders that hold the very data that predictions with a header are of: the one
+    that was asked about, and those of the config."""
+    config = run.loaded.config if run.loaded else run.stages[-1]
+    named = [header["folder"]] if "folder" in header else []
+    return _having(_fingerprint_of(run, header), (*named, config.data.dir, *config.data.folders))
+
+
+def _trained_on(run: Run) -> str | None:
+    """Returns the fingerprint of the data that a run was trained on, where its model tells."""
+    return run.loaded.metadata.get("data") if run.loaded else None
+
+
+def _fingerprint_of(run: Run, made: Mapping[str, Any]) -> str | None:
+    """Returns the fingerprint of the data that something was made of; where none was written, as by
+    earlier versions, it is taken for that of the run's own."""
+    return made.get("data", _trained_on(run))
+
+
+def _having(data: str | None, folders: Iterable[str]) -> list[str]:
+    """Returns those of some folders whose fingerprint is `data`; none if it is not known."""
+    found = []
+    for folder in dict.fromkeys(folders):
         # The report of a copied run needs no access to the run's data.
         with contextlib.suppress(UserError):
-            if prepared.has_fingerprint(data, folder):
-                return ""
-    return f" of {Path(seen.header.get('folder', 'other data')).name}"
+            if data is not None and prepared.has_fingerprint(data, folder):
+                found.append(folder)
+    return found
 
 
 def data_problem(run: Run) -> str:

@@ -115,7 +115,9 @@ def _panel(curve: Curve, lines: Sequence[dict[str, Any]], other: Sequence[dict[s
         _draw_run(axes, curve, lines, THIS)
         if not curve.log:
             axes.set_ylim(0, 1.02)
-        _draw_stages(axes, stage_spans(lines))
+        # Of both runs: a longer other one goes on where this one ends.
+        last = max(line["step"] for line in (*lines, *other))
+        _draw_stages(axes, stage_spans(lines), last)
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
         return _inline_svg(figure, curve.title)
@@ -157,16 +159,16 @@ def _smooth(values: np.ndarray, log: bool) -> np.ndarray:
     return np.exp(means) if log else means
 
 
-def _draw_stages(axes: Axes, spans: list[tuple[str, float, float]]) -> None:
+def _draw_stages(axes: Axes, spans: list[tuple[str, float, float]], last: float) -> None:
     """Draws lines between stages and their numbers above the plot, from 1 as in the table of
-    stages, with their names where these fit."""
-    axes.set_xlim(0, spans[-1][2])
+    stages, with their names where these fit. The plot ends at the step `last`."""
+    axes.set_xlim(0, last)
     for number, (name, start, end) in enumerate(spans, 1):
         if number > 1:
             axes.axvline(start, color=TEXT, linewidth=0.7, linestyle=":")
         # 0.027 is about the width of a character, in widths of the plot.
         full = f"{number} {name}"
-        fits = (end - start) / spans[-1][2] > len(full) * 0.027
+        fits = (end - start) / last > len(full) * 0.027
         label = full if fits else str(number)
         axes.text(
             start,

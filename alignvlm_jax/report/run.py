@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,15 @@ from alignvlm_jax.analysis import base
 from alignvlm_jax.benchmarks import summary
 from alignvlm_jax.benchmarks.predictions import Predictions
 from alignvlm_jax.config import Config, DataConfig, VisionConfig
-from alignvlm_jax.data import images
-from alignvlm_jax.data.record import Record
-from alignvlm_jax.data.shards import RecordSource
-from alignvlm_jax.errors import UserError, counted, stage_flag
-from alignvlm_jax.inference import assistant, patch_tokens
+from alignvlm_jax.errors import counted, stage_flag
+from alignvlm_jax.inference import assistant
 from alignvlm_jax.inference.loading import Loaded
-from alignvlm_jax.pictures import html, patch_map, plotting
+from alignvlm_jax.pictures import html, plotting
 from alignvlm_jax.report import contents, figures, gallery
 from alignvlm_jax.report.contents import Lines, Run, parse, read
-from alignvlm_jax.report.gallery import Example
 from alignvlm_jax.train import goodput, workdir
 
 FILE = "report.html"
-NUM_LENSES = 3
-NUM_READINGS = 6
 FEW_QUESTIONS = 30
 """Questions below which the normal approximation of an interval is none."""
 OF_CONNECTOR = "--config.model.connector."
@@ -83,8 +77,8 @@ def render(run: Run, other: Run | None = None) -> str:
     # Examples come from predictions with pages alone: blank ones would show nothing.
     splits = contents.splits(run)
     examples = gallery.choose({split: run.results[split, False] for split in splits})
-    records = _records(run, examples)
-    lenses, lens_problem = _lenses(run, examples, records)
+    records = gallery.find(run, examples)
+    lenses, lens_problem = gallery.lenses(run, examples, records)
     return html.render(
         FILE,
         run=run,
@@ -99,19 +93,19 @@ def render(run: Run, other: Run | None = None) -> str:
         last_step=_last(run.lines, "step") or 0,
         train_seconds=_last(run.lines, "train_seconds"),
         scores=[_score(run, split) for split in splits],
-        other_scores=[_score(other, split) for split in contents.splits(other)] if other else [],
-        tested_steps=sorted({result.header["step"] for result in run.results.values()}),
+        beside=_beside(run, other) if other else [],
+        tested_steps=sorted({run.results[split, False].header["step"] for split in splits}),
         curves=figures.curves(run.lines, other.lines if other else ()),
         curve_colors=(figures.THIS, figures.OTHER),
         stages=[_stage(stage, run.lines) for stage in run.stages],
         goodput=_goodput(run.lines),
-        examples=[_shown(example, records.get(example.record_id)) for example in examples],
+        examples=[gallery.shown(example, records.get(example.place)) for example in examples],
         lenses=lenses,
         lens_problem=lens_problem,
         analyses=[
-            one.section(run.folder / base.FOLDER, run.analyses[one.name])
+            one.section(run.folder / base.FOLDER, written, contents.other_data(run, written))
             for one in analysis.every()
-            if one.name in run.analyses
+            if (written := run.analyses.get(one.name)) is not None
         ],
         facts=_facts(run),
         reads=_reads(run.stages[-1].data, run.stages[-1].model.vision),
@@ -127,13 +121,31 @@ def render(run: Run, other: Run | None = None) -> str:
 def _score(run: Run, split: str) -> dict[str, Any]:
     """Returns the row of a split in the table of scores, with rows of its kinds of documents."""
     seen = run.results[split, False]
-    blind = run.results.get((split, True))
-    rows = [_score_row(split.replace("_", " ") + contents.other_data(run, seen), seen, blind)]
+    blind = summary.blind_of(run.results, split)
+    name = split.replace("_", " ") + contents.other_data(run, seen.header)
+    rows = [_score_row(name, seen, blind)]
     for kind in seen.kinds():
         rows.append(
             _score_row(kind.replace("_", " "), seen.of_kind(kind), blind and blind.of_kind(kind))
         )
     return rows[0] | {"kinds": rows[1:]}
+
+
+def _beside(run: Run, other: Run) -> list[dict[str, Any]]:
+    """Returns for each split that two runs were asked about their rows of the table of scores, and
+    whether these are of the same questions, of which alone scores compare."""
+    # By splits, not by their names in the table: those of other data differ by their folder.
+    return [
+        {
+            "ours": _score(run, split),
+            "theirs": _score(other, split),
+            "is_same": summary.are_alike(
+                run.results[split, False], other.results[split, False], summary.OF_QUESTIONS
+            ),
+        }
+        for split in contents.splits(run)
+        if (split, False) in other.results
+    ]
 
 
 def _score_row(name: str, seen: Predictions, blind: Predictions | None) -> dict[str, Any]:
@@ -159,78 +171,6 @@ def _margin(seen: Predictions, field: str) -> float | None:
     return margin if margin and len(seen.rows) >= FEW_QUESTIONS else None
 
 
-def _records(run: Run, examples: Sequence[Example]) -> dict[str, Record]:
-    """Returns the records of examples by id, without those that are no longer in the data."""
-    found = {}
-    config = run.loaded.config if run.loaded else run.stages[-1]
-    for split in {example.split for example in examples}:
-        try:
-            source = RecordSource(config.data.dir, split)
-        except UserError:
-            continue
-        for example in examples:
-            # The data may have been prepared anew since: the id tells whether the record at this
-            # index is still the same.
-            index = example.row["record"]
-            if (
-                example.split == split
-                and index < len(source)
-                and source[index].id == example.record_id
-            ):
-                found[example.record_id] = source[index]
-    return found
-
-
-def _shown(example: Example, record: Record | None) -> dict[str, Any]:
-    """Returns what the report shows of an example; without its page if `record` is None."""
-    return {
-        "split": example.split.replace("_", " "),
-        "kind": example.row["kind"],
-        "verdict": example.verdict,
-        "question": example.row["question"],
-        "spelled": example.spelled(),
-        "score": example.row["score"],
-        "page": record and gallery.page_uri(record),
-    }
-
-
-def _lenses(
-    run: Run, examples: Sequence[Example], records: Mapping[str, Record]
-) -> tuple[list[dict], str]:
-    """Returns the patch-token maps of `NUM_LENSES` of the pages shown, and "".
-
-    If there are none, returns an empty list and the reason.
-    """
-    if run.loaded is None:
-        return [], run.problem
-    # Only pages that are still there can be encoded.
-    chosen = gallery.one_of_each(
-        [example for example in examples if example.record_id in records], NUM_LENSES
-    )
-    if not chosen:
-        return [], "There are no answered questions with their pages yet: run `evaluate` first."
-    try:
-        shown = [records[example.record_id] for example in chosen]
-        lenses = patch_tokens.lenses(
-            run.loaded, [images.decode_image(record.images[0], record.id) for record in shown]
-        )
-    except UserError as err:
-        return [], str(err)
-    shown = [
-        {
-            "picture": html.png_uri(patch_map.picture(lens)),
-            "entropy": float(lens.entropies.mean()),
-            "example": _shown(example, None),
-            "readings": [
-                {"image": html.image_uri(one.image), "entropy": one.entropy, "tokens": one.tokens}
-                for one in patch_map.readings(lens, NUM_READINGS)
-            ],
-        }
-        for example, lens in zip(chosen, lenses, strict=True)
-    ]
-    return shown, ""
-
-
 def _stage(stage: Config, lines: Lines) -> dict[str, Any]:
     """Returns the row of a stage: its settings, and its metrics so far."""
     ours = [line for line in lines if line["stage"] == stage.stage]
@@ -241,6 +181,9 @@ def _stage(stage: Config, lines: Lines) -> dict[str, Any]:
     waits = [
         line["data_wait_fraction"] for line in ours if line.get("data_wait_fraction") is not None
     ]
+    # A loss that was not finite is null: the newest that is would be that of an earlier model.
+    validated = ("validation/answer_loss", "validation/token_accuracy")
+    newest = [line for line in ours if any(name in line for name in validated)][-1:]
     # train_seconds counts from the start of the run: those of earlier stages are subtracted.
     seconds = _last(ours, "train_seconds")
     return {
@@ -254,8 +197,8 @@ def _stage(stage: Config, lines: Lines) -> dict[str, Any]:
         "seconds": seconds and seconds - (_last(lines[:began], "train_seconds") or 0.0),
         "rate": rates[len(rates) // 2] if rates else None,
         "wait": sum(waits) / len(waits) if waits else None,
-        "loss": _last(ours, "validation/answer_loss"),
-        "accuracy": _last(ours, "validation/token_accuracy"),
+        "loss": _last(newest, "validation/answer_loss"),
+        "accuracy": _last(newest, "validation/token_accuracy"),
     }
 
 

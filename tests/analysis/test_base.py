@@ -1,9 +1,14 @@
-"""What analyses share: the section of a report, quantiles."""
+"""What analyses share: the section of a report, their file, seeds, quantiles."""
+
+import argparse
+import json
 
 import numpy as np
 import pytest
 
+from alignvlm_jax import analysis
 from alignvlm_jax.analysis import base
+from alignvlm_jax.data import prepared
 
 
 class Said(base.Analysis):
@@ -40,6 +45,46 @@ def test_a_section_says_what_was_looked_at(tmp_path, names, source):
         "source": source,
         "picture": None,
     }
+
+
+def test_a_section_names_other_data_by_their_folder(tmp_path):
+    written = {"number": 3, "step": 7, "settings": SETTINGS}
+    source = Said().section(tmp_path, written, " of my_invoices")["source"]
+    assert source == (
+        "1,200 questions of seen fonts of my_invoices, patches of validation of my_invoices, step 7"
+    )
+    # Of a checkpoint alone there are no data.
+    alone = Said().section(tmp_path, written | {"settings": {}}, " of my_invoices")
+    assert alone["source"] == "step 7"
+
+
+def test_what_is_written_says_which_data_were_looked_at(loaded):
+    folder = loaded.config.data.dir
+    for settings, data in (
+        ({"split": "seen_fonts"}, {"folder": folder, "data": prepared.fingerprint(folder)}),
+        ({"pages": "seen_fonts"}, {"folder": folder, "data": prepared.fingerprint(folder)}),
+        ({"repeats": 5}, {}),
+    ):
+        found = json.loads(base.write(loaded, "said", settings, {"number": 3}).read_text())
+        assert {name: found[name] for name in ("folder", "data") if name in found} == data
+
+
+SEEDED = [
+    name
+    for one, entry in analysis.REGISTRY.items()
+    for name in (one, *(f"{one}/{kind}" for kind in entry.kinds))
+    if one not in ("vocabulary", "cost")
+]
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_no_seed_is_below_0(name, capsys):
+    parser = argparse.ArgumentParser()
+    analysis.entry(*name.split("/"), *[None][name.count("/") :]).add_flags(parser)
+    assert parser.parse_args(["--seed=0"]).seed == 0
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--seed=-1"])
+    assert "argument --seed: -1 is below 0" in capsys.readouterr().err
 
 
 def test_a_section_has_the_picture_if_it_was_drawn(tmp_path):

@@ -132,6 +132,12 @@ def test_sentence(scores, words):
     assert words in noise.FEATURES.sentence(written(*scores))
 
 
+def test_of_nothing_no_fraction_is_left():
+    text = noise.FEATURES.sentence(written(0.0, 0.0, 0.02))
+    assert text.startswith("Undisturbed, the answers score ANLS 0.000, and ANLS 0.020 at 2, which")
+    assert "nine tenths" not in text
+
+
 def test_the_sentence_of_moved_content_has_no_distances():
     points = [{"shift": size, "anls": score} for size, score in ((0, 0.8), (4, 0.75), (8, 0.1))]
     text = noise.KINDS["layout"].sentence({"points": points})

@@ -62,6 +62,18 @@ def test_what_was_not_asked_has_no_field(loaded):
     assert not {"anls", "exact_match", "anls_blind", "anls_blind_unseen_fonts"} & set(fields)
 
 
+@pytest.mark.parametrize("field", ["questions_crc32", "data", "step", "train_seconds"])
+def test_blank_pages_of_other_questions_have_no_field(loaded, field):
+    """An evaluation that was stopped has made the file with pages anew, and the other not yet."""
+    header = {"questions_crc32": 1, "data": "0123abcd", "step": 7, "train_seconds": 12.5}
+    seen, blind = (Predictions(header, result((1, 1)).rows) for _ in range(2))
+    fields = summary.summarize(loaded, ("a",), {("a", False): seen, ("a", True): blind})
+    assert fields["anls_blind"] == 1
+    blind = Predictions(header | {field: 2}, blind.rows)
+    fields = summary.summarize(loaded, ("a",), {("a", False): seen, ("a", True): blind})
+    assert fields["anls"] == 1 and "anls_blind" not in fields
+
+
 def test_tasks_have_a_field_of_their_own(loaded):
     row = {"answers": ["1"], "scores": {"f1": [2.0, 2.0]}}
     rows = [row, row | {"scores": {"f1": [0.0, 1.0]}, "problem": "cannot read image"}]

@@ -115,6 +115,31 @@ def test_a_stop_says_how_to_go_on(trained_workdir, monkeypatch, capfd):
     assert "was prepared anew since" in told
 
 
+def test_after_a_stop_the_summary_has_no_blank_pages_of_other_questions(own_workdir, monkeypatch):
+    flags = [f"--checkpoint={own_workdir}", "--splits=seen_fonts"]
+    evaluate.main([*flags, "--num_questions=2"])
+    found = json.loads((own_workdir / "summary.json").read_text())
+    assert found["num_eval"] == 2 and "anls_blind" in found
+    with monkeypatch.context() as patch:
+        answer = runner.Runner.evaluate
+
+        def stop_before_blank_pages(self, split, blind):
+            if blind:
+                raise KeyboardInterrupt
+            return answer(self, split, blind)
+
+        patch.setattr(runner.Runner, "evaluate", stop_before_blank_pages)
+        with pytest.raises(UserError, match="the same command goes on"):
+            evaluate.main([*flags, "--num_questions=4"])
+    # Another split is asked meanwhile: the first has pages with four questions, and blank two.
+    evaluate.main([f"--checkpoint={own_workdir}", "--splits=unseen_fonts", "--num_questions=2"])
+    found = json.loads((own_workdir / "summary.json").read_text())
+    assert found["num_eval"] == 4 and "anls_blind" not in found
+    assert "anls_blind_unseen_fonts" in found
+    evaluate.main([*flags, "--num_questions=4"])
+    assert "anls_blind" in json.loads((own_workdir / "summary.json").read_text())
+
+
 def test_sources_that_are_gone_are_not_needed(demo_config, data_dir, tmp_path, capfd):
     gone = {"gone": config_lib.SourceConfig(dir=str(tmp_path / "gone"))}
     data = dataclasses.replace(demo_config.data, sources=gone)

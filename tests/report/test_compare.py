@@ -99,7 +99,31 @@ def test_a_baseline_joins_the_tables_that_are_asked_the_same():
     tables = compare.with_baseline(
         TABLES | {"parts": [MLP], "elsewhere": [elsewhere]}, "connectors/align"
     )
-    assert tables == TABLES | {"parts": [ALIGN, MLP], "elsewhere": [elsewhere]}
+    added = dataclasses.replace(ALIGN, is_baseline=True)
+    assert tables == TABLES | {"parts": [added, MLP], "elsewhere": [elsewhere]}
+
+
+def test_a_baseline_of_a_name_that_a_table_has_is_a_row_beside_it(tmp_path):
+    """A sweep has rows of the same names in all its tables."""
+    large = [Row("align", MLP.runs), Row("mlp", ALIGN.runs)]
+    plain = settings() | {"vocabulary_8192": large}
+    tables = compare.with_baseline(plain, "vocabulary_8192/align")
+    assert compare_tables.overview(tables) == compare_tables.overview(plain)
+    names = [row.name for row in tables["vocabulary_128"]]
+    assert sorted(names) == ["align", "align of vocabulary_8192", "mlp", "x"]
+    grids = compare_tables.grids(tables)["vocabulary_128"]
+    text = "\n".join(grid.markdown() for grid in grids)
+    assert cells(text, "align")[0][0].startswith("0.600")
+    assert cells(text, "align of vocabulary 8192")[0][0].startswith("0.400")
+    assert tables["vocabulary_8192"] == large
+    page = compare_figures.build(tables, tmp_path).read_text()
+    assert "align of vocabulary 8192" in page
+
+
+def test_a_baseline_makes_no_settings_of_tables_that_are_none():
+    tables = compare.with_baseline({"connectors": [ALIGN, MLP], "parts": [MLP]}, "connectors/align")
+    assert [row.name for row in tables["parts"]] == ["align", "mlp"]
+    assert compare.settings(tables) == {}
 
 
 def test_tables_stand_in_the_place_that_is_marked(tmp_path):
@@ -192,6 +216,7 @@ def compared(trained_workdir, tmp_path):
         config = compare.restore.load_config(trained_workdir)
         config = dataclasses.replace(
             config,
+            seed=seed,
             train=dataclasses.replace(config.train, num_steps=7),
             data=dataclasses.replace(
                 config.data,
@@ -256,6 +281,43 @@ def test_runs_of_a_table_are_asked_the_same(compared):
         UserError, match=r"align_seed1 is asked 1\d+ questions of .*align_seed0 \d+ questions of"
     ):
         compare.find(compared)
+
+
+def change_config(run, change) -> None:
+    """Changes the stored stages of a run's config."""
+    path = run / "config.json"
+    stages = json.loads(path.read_text())
+    change(stages[-1])
+    path.write_text(json.dumps(stages))
+
+
+def test_runs_of_a_row_differ_in_the_seed_alone(compared):
+    run = compared / "connectors" / "align_seed1"
+    # Where and how fast a run was made is no part of what it is.
+    change_config(run, lambda stage: stage["mesh"].update(data=1))
+    change_config(run, lambda stage: stage.update(run_id="0badda7a"))
+    assert len(compare.find(compared)) == 2
+    change_config(run, lambda stage: stage["optim"].update(learning_rate=0.5))
+    with pytest.raises(
+        UserError,
+        match=r"align_seed1 is no other seed of .*align_seed0: config\.optim\.learning_rate is "
+        r"0\.5 and 0\.002",
+    ) as error:
+        compare.find(compared)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_has_the_seed_of_its_name(compared):
+    change_config(compared / "connectors" / "align_seed1", lambda stage: stage.update(seed=0))
+    with pytest.raises(UserError, match=r"align_seed1 was trained with config\.seed=0, not 1"):
+        compare.find(compared)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"way": null}'])
+def test_measurements_that_lack_a_part_are_none(compared, text):
+    [run, _] = compare.find(compared)
+    (run / "comparison.json").write_text(text)
+    assert not compare.is_measured(run)
 
 
 def test_a_run_that_is_not_finished_is_named(compared):

@@ -79,3 +79,15 @@ def test_svg_is_well_formed_and_bears_no_colour_of_text():
     assert figures.OTHER in compared
     assert figures.OTHER not in plain
     assert plain == figures._panel(curve, lines(), ())
+
+
+def test_the_x_axis_goes_on_to_the_end_of_a_longer_other_run():
+    curve = figures.CURVES[0]
+    longer = [line | {"step": 4 * line["step"]} for line in lines()]
+    for panel, last in (
+        (figures._panel(curve, lines(), ()), 300),
+        (figures._panel(curve, lines(), longer), 1000),
+        (figures._panel(curve, longer, lines()), 1000),
+    ):
+        # Of 1200 steps the last with a number is 1000. Those of stages are smaller.
+        assert max(int(text) for text in re.findall(r">(\d+)</text>", panel)) == last

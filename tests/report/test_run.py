@@ -13,15 +13,15 @@ import pytest
 from alignvlm_jax import config as config_lib
 from alignvlm_jax.benchmarks import predictions, scores
 from alignvlm_jax.benchmarks.runner import choose_questions
-from alignvlm_jax.data import index, prepared
+from alignvlm_jax.data import index, prepared, shards
 from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.data.tasks import TRANSCRIBE_QUESTION
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.inference import loading
 from alignvlm_jax.pictures import html as pages
-from alignvlm_jax.report import contents, run
+from alignvlm_jax.report import contents, gallery, run
 from alignvlm_jax.train import goodput
-from tests.conftest import tiny_config
+from tests.conftest import random_record, tiny_config
 
 
 @pytest.fixture
@@ -239,8 +239,7 @@ def test_scores_of_a_source_of_a_mixture_are_of_the_run_s_own_data(workdir, trai
     read = contents.read(workdir)
     read = dataclasses.replace(read, stages=(dataclasses.replace(stage, data=mixture),))
     for data, named in ((prepared.fingerprint(stage.data.dir), ""), ("0badda7a", " of b")):
-        header = {"data": data, "folder": "/a/b"}
-        assert contents.other_data(read, predictions.Predictions(header, [])) == named
+        assert contents.other_data(read, {"data": data, "folder": "/a/b"}) == named
 
 
 def test_where_the_time_went_is_shown(workdir):
@@ -318,8 +317,60 @@ def test_other_runs_stand_beside(workdir, trained_workdir, tmp_path):
         for folder in (workdir, other)
     )
     assert mine > theirs
-    assert f"ANLS, seen fonts {mine:.3f} {theirs:.3f}" in text_of(page)
+    assert "Questions, seen fonts 6 6" in text_of(page)
+    assert f"ANLS, seen fonts {mine:.3f} (6) {theirs:.3f} (6)" in text_of(page)
+    assert "other questions" not in text_of(page)
     assert run.figures.OTHER in page
+
+
+@pytest.mark.parametrize(
+    ("header", "shown"),
+    [
+        ({"questions_crc32": 2}, "Questions, seen fonts 6 6 other questions "),
+        (
+            {"questions_crc32": 1, "data": "0badda7a", "folder": "/a/invoices"},
+            "Questions, seen fonts 6 6 other questions, seen fonts of invoices",
+        ),
+    ],
+)
+def test_scores_on_other_questions_do_not_stand_beside(
+    workdir, trained_workdir, tmp_path, header, shown
+):
+    other = tmp_path / "other"
+    shutil.copytree(workdir, other, ignore=shutil.ignore_patterns("other"))
+    own = {"data": prepared.fingerprint(trained_workdir), "questions_crc32": 1}
+    add_predictions(workdir, trained_workdir, "Ann", **own)
+    add_predictions(other, trained_workdir, "Ann", **own | header)
+    text = text_of(run.build(workdir, other).read_text())
+    beside = text.partition("Beside ")[2].partition(" Training ")[0]
+    assert shown in beside and "ANLS" not in beside
+    assert "each run's own report has them" in beside
+
+
+def test_blank_pages_of_other_questions_are_a_dash(workdir, trained_workdir):
+    """As an evaluation leaves them that was stopped between the two."""
+    add_predictions(workdir, trained_workdir, "x", questions_crc32=1)
+    path = predictions.path_of(workdir, "seen_fonts", blind=True)
+    path.write_text(path.read_text().replace('"step": 7', '"step": 6', 1))
+    path = predictions.path_of(workdir, "unseen_fonts", blind=True)
+    path.write_text(path.read_text().replace('"questions_crc32": 1', '"questions_crc32": 2', 1))
+    text = text_of(run.build(workdir).read_text())
+    assert re.search(r"seen fonts 6 0\.500 \(6\) 0\.500 \(6\) – .* unseen fonts .* –", text)
+    assert "ANLS, blank page –" in text and "the same questions about a blank page" not in text
+    assert "checkpoint at step 7." in text
+
+
+def test_the_last_validation_is_shown_with_what_was_not_finite(workdir):
+    """JSON has no NaN: it is null."""
+    lines = [
+        {"step": step, "stage": "train", "validation/answer_loss": loss}
+        | {"validation/token_accuracy": accuracy}
+        for step, loss, accuracy in ((1, 0.4321, 0.8765), (2, None, 0.125))
+    ]
+    # Validation is not the newest line.
+    lines.append({"step": 3, "stage": "train", "answer_loss": 2.0})
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "1 train 0.125 – 4 " in text_of(run.build(workdir).read_text())
 
 
 @pytest.mark.parametrize(
@@ -338,8 +389,87 @@ def test_variants_give_a_stage_of_patches_alone_another_loss(name, flag):
     assert len(commands) == 2 and all(flag in command.split() for command in commands)
 
 
+@pytest.fixture
+def redrawn(trained_workdir, tmp_path_factory):
+    """A folder as if prepared by another command: the same ids and splits, other pages."""
+    folder = tmp_path_factory.mktemp("redrawn")
+    shutil.copy(trained_workdir / "tokenizer.model", folder)
+    (folder / "prepare.json").write_text('{"seed": 7}')
+    rng = np.random.default_rng(7)
+    for split in ("seen_fonts", "unseen_fonts"):
+        ids = [one.id for one in RecordSource(trained_workdir, split)]
+        records = [random_record(rng, name, "form") for name in ids]
+        shards.write_shard(folder / shards.shard_name(split, 0, 1), records)
+    return folder
+
+
+def uris_of(folder, split: str) -> set[str]:
+    return {gallery.page_uri(record) for record in RecordSource(folder, split)}
+
+
+def test_pages_are_of_the_documents_that_were_asked_about(workdir, trained_workdir, redrawn):
+    shutil.copytree(trained_workdir / "checkpoints", workdir / "checkpoints")
+    asked = {"data": prepared.fingerprint(redrawn), "folder": str(redrawn)}
+    add_predictions(workdir, trained_workdir, "x", **asked)
+    page = run.build(workdir).read_text()
+    shown = set(re.findall('<img src="([^"]*)" alt="the page asked about"', page))
+    assert shown <= uris_of(redrawn, "seen_fonts") | uris_of(redrawn, "unseen_fonts")
+    assert len(shown) == 8 and page.count('<figure class="lens') == 3
+    # Moved, and found in the place that is named.
+    moved = redrawn.rename(redrawn.with_name("moved"))
+    page = run.build(workdir, data_dir=str(moved)).read_text()
+    assert shown == set(re.findall('<img src="([^"]*)" alt="the page asked about"', page))
+    # Else there are none: those of the run's own documents have the same ids.
+    page = run.build(workdir).read_text()
+    assert "the page asked about" not in page and '<figure class="lens' not in page
+    assert "The pages are not shown" in text_of(page)
+    assert "The pages of the answered questions are not there" in text_of(page)
+
+
+def test_pages_of_two_splits_may_have_one_id(workdir, tmp_path):
+    """And be of two folders, of which one is gone."""
+    rng = np.random.default_rng(0)
+    for split, number in (("a", 1), ("b", 1), ("c", 2)):
+        folder = tmp_path / split
+        folder.mkdir()
+        (folder / "prepare.json").write_text(f'"{split}"')
+        records = [random_record(rng, "page", "pdf")] * number
+        shards.write_shard(folder / shards.shard_name(split, 0, 1), records)
+        header = {"split": split, "blind": False, "step": 7, "folder": str(folder)}
+        header["data"] = prepared.fingerprint(folder)
+        writer = predictions.Writer(predictions.path_of(workdir, split, False), header)
+        row = {"id": "page/0", "record": number - 1, "kind": "pdf", "question": "Who?"}
+        writer.append([row | {"answers": ["a"], "prediction": "a", "score": 1.0, "exact": 1.0}])
+        writer.publish()
+    page = run.build(workdir).read_text()
+    assert all(
+        uris_of(tmp_path / split, split) < set(re.findall('"([^"]*)"', page)) for split in "abc"
+    )
+    assert "not shown" not in text_of(page)
+    (tmp_path / "b" / "prepare.json").write_text("anew")
+    text = text_of(run.build(workdir).read_text())
+    assert "The pages of 1 of 3 are not shown" in text
+
+
+def test_an_analysis_of_other_data_names_their_folder(workdir, trained_workdir):
+    shutil.copytree(trained_workdir / "checkpoints", workdir / "checkpoints")
+    (workdir / "analysis").mkdir()
+    fields = {"step": 7, "settings": {"split": "seen_fonts", "num_questions": 6}}
+    fields["points"] = [{"relative_sigma": 0, "anls": 0.5}]
+    own = prepared.fingerprint(trained_workdir)
+    for data, named in (
+        ({}, "seen fonts"),
+        ({"data": own, "folder": "/moved"}, "seen fonts"),
+        ({"data": "0badda7a", "folder": "/a/my_invoices"}, "seen fonts of my_invoices"),
+    ):
+        (workdir / "analysis" / "noise.json").write_text(json.dumps(fields | data))
+        text = text_of(run.build(workdir).read_text())
+        assert f"(6 questions of {named}, step 7)" in text
+
+
 def test_documents_that_changed_are_not_shown_under_old_answers(workdir, trained_workdir):
-    add_predictions(workdir, trained_workdir, "x")
+    add_predictions(workdir, trained_workdir, "x", data=prepared.fingerprint(trained_workdir))
+    assert "the page asked about" in run.build(workdir).read_text()
     path = predictions.path_of(workdir, "seen_fonts", blind=False)
     path.write_text(path.read_text().replace("seen_fonts-", "replaced-"))
     predictions.path_of(workdir, "unseen_fonts", blind=False).unlink()

@@ -165,7 +165,8 @@ def _summarize(loaded: Loaded) -> dict[tuple[str, bool], Predictions]:
     """Writes summary.json and returns the predictions on splits that are in it.
 
     Earlier predictions on other splits or tasks count as well, if they are of the same checkpoint
-    and (those on splits) of the same data.
+    and (those on splits) of the same data; of a split's blank pages also only if they are of the
+    same questions as those with pages, which `summary.summarize` sees to.
     """
     workdir = loading.workdir_of(loaded.path)
     # To the microsecond: it identifies the checkpoint, wherever its folder lies now.
