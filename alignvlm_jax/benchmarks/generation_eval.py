@@ -143,8 +143,8 @@ def _choose(sources: Mapping[str, TrainSequences], count: int, opened: StageData
             places += [(records, question) for question in found]
     if not places:
         raise UserError(
-            f"split {data.validation_split!r} in {', '.join(folders)} has no questions to generate "
-            "answers to; config.train.generate_every=0 asks none"
+            f"split {data.validation_split!r} in {', '.join(folders)} has no questions with an "
+            "answer to generate; config.train.generate_every=0 asks none"
         )
     return _Chosen(by_source, places)
 

@@ -5,7 +5,7 @@ import dataclasses
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from alignvlm_jax.benchmarks.tasks import Task
 from alignvlm_jax.data.chat import ChatTurn
@@ -56,16 +56,21 @@ class Question:
         return ChatTurn(text or self.turn.question, "", tuple(at + moved for at in offsets))
 
 
-def choose_questions(records: Sequence[Record], count: int | None) -> list[Question]:
+def choose_questions(
+    records: Sequence[Record], count: int | None, needs_answers: bool = True
+) -> list[Question]:
     """Returns at most `count` questions of a split, or all questions if `count` is None.
 
     Each chosen record gives one question, then each a second one if there are too few, and so on.
-    Records are spread evenly over the split, and a hash of its id says which question of a record
-    comes first: the choice depends on the data alone. All processes call this together; the main
-    one reads the records and sends the questions to the others.
+    Records are spread evenly over those of the split that have questions, and a hash of its id says
+    which question of a record comes first: the choice depends on the data alone. All processes call
+    this together; the main one reads the records and sends the questions to the others.
+
+    Args:
+      needs_answers: leaves out questions without an answer, which cannot be scored.
     """
     # Sent as plain dicts and lists, which JSON holds: tuples come back as lists.
-    chosen = _choose(records, count) if distributed.is_main() else []
+    chosen = _choose(records, count, needs_answers) if distributed.is_main() else []
     told = exchange.from_main([dataclasses.asdict(question) for question in chosen])
     return [
         Question(
@@ -82,28 +87,61 @@ def _turn(fields: dict[str, Any]) -> Turn:
     return Turn(**fields | tuples)
 
 
-def _choose(records: Sequence[Record], count: int | None) -> list[Question]:
+class _Source(NamedTuple):
+    """What is known of a record without its images, which would be held all at once; `usable` are
+    the turns whose questions can be put."""
+
+    index: int
+    id: str
+    source: str
+    turns: tuple[Turn, ...]
+    has_order: bool
+    system: str
+    usable: list[int]
+
+    def question(self, round_number: int) -> Question:
+        """Returns the record's question of a round, of which it has as many as usable turns."""
+        # Starting at a hash: always taking turn 0 would favour one type of question where a data
+        # set writes its types in a fixed order.
+        turn = self.usable[(zlib.crc32(self.id.encode()) + round_number) % len(self.usable)]
+        name = f"{self.id}/{turn}"
+        known_as = self.turns[turn].id or (self.id if len(self.turns) == 1 else name)
+        before = self.turns[:turn] if self.has_order else ()
+        own = self.turns[turn]
+        return Question(name, self.index, self.source, own, known_as, before, self.system)
+
+
+def _choose(records: Sequence[Record], count: int | None, needs_answers: bool) -> list[Question]:
     """Returns the questions that `choose_questions` describes, in one process."""
-    num_documents = len(records) if count is None else min(count, len(records))
-    # 4 of 10 records are 0, 2, 5 and 7.
-    indices = [i * len(records) // num_documents for i in range(num_documents)]
-    # Without their images, which would be held all at once.
-    known = [
-        (record.id, record.source, record.turns, record.has_order, record.system)
-        for record in map(records.__getitem__, indices)
-    ]
-    questions = []
-    for round_number in range(max((len(turns) for _, _, turns, *_ in known), default=0)):
-        for index, (record_id, kind, turns, has_order, system) in zip(indices, known, strict=True):
-            if round_number < len(turns):
-                # Starting at a hash: always taking turn 0 would favour one type of question where
-                # a data set writes its types in a fixed order.
-                turn = (zlib.crc32(record_id.encode()) + round_number) % len(turns)
-                name = f"{record_id}/{turn}"
-                known_as = turns[turn].id or (record_id if len(turns) == 1 else name)
-                before = turns[:turn] if has_order else ()
-                questions.append(Question(name, index, kind, turns[turn], known_as, before, system))
+    wanted = len(records) if count is None else min(count, len(records))
+    number = wanted
+    read: dict[int, _Source] = {}
+    while True:
+        for index in _spread(len(records), number):
+            if index not in read:
+                read[index] = _source(index, records[index], needs_answers)
+        found = [read[index] for index in _spread(len(records), number) if read[index].usable]
+        if len(found) >= wanted or number == len(records):
+            break
+        # Many records have none, as pages that are only to be read: look at twice as many, and not
+        # at all of a large set.
+        number = min(2 * number, len(records))
+    # Twice as many may have been found: spread anew, or the first of the split would be preferred.
+    chosen = [found[place] for place in _spread(len(found), min(wanted, len(found)))]
+    rounds = max((len(one.usable) for one in chosen), default=0)
+    questions = [one.question(i) for i in range(rounds) for one in chosen if i < len(one.usable)]
     return questions[:count]
+
+
+def _spread(size: int, number: int) -> list[int]:
+    """Returns so many of `size` places, evenly: 4 of 10 are 0, 2, 5 and 7."""
+    return [i * size // number for i in range(number)]
+
+
+def _source(index: int, record: Record, needs_answers: bool) -> _Source:
+    turns = record.turns
+    usable = [i for i, turn in enumerate(turns) if turn.answers or not needs_answers]
+    return _Source(index, record.id, record.source, turns, record.has_order, record.system, usable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +175,8 @@ def open_benchmark(task: Task, data: Path, count: int | None) -> Benchmark:
     """
     directory = data / (task.folder or task.name)
     records = RecordSource(directory, task.split)
-    questions = tuple(choose_questions(records, count))
+    # A test set may keep its answers to itself: what is said to it is handed in elsewhere.
+    questions = tuple(choose_questions(records, count, needs_answers=False))
     if not questions:
         raise UserError(f"split {task.split!r} in {directory} has no questions")
     counts = collections.Counter(question.id for question in questions)

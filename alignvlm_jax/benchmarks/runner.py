@@ -84,7 +84,7 @@ class Runner:
         records = shards.RecordSource(directory, split)
         questions = choose_questions(records, self._evaluation.num_questions)
         if not questions:
-            raise UserError(f"split {split!r} in {directory} has no questions")
+            raise UserError(f"split {split!r} in {directory} has no questions with an answer")
         what = {"scorer_version": scores.SCORER_VERSION, "split": split, **trial.header}
         header = self._header(directory, questions, "QUESTION", max_new_tokens, what)
         builder = dataclasses.replace(self._builder_of(questions), keep=trial.keep)

@@ -38,6 +38,45 @@ def test_all_questions_of_all_documents():
     assert len({question.id for question in chosen}) == len(chosen) == 6
 
 
+@pytest.mark.parametrize(
+    ("num_turns", "count", "expected"),
+    [
+        # Every second record is only to be read: the evenly spread half has none.
+        ([0, 1] * 500, 500, 500),
+        ([0, 1] * 500, 100, 100),
+        ([0, 2] * 500, 700, 700),
+        ([0] * 997 + [1, 2, 3], 5, 5),
+    ],
+)
+def test_records_without_questions_do_not_count(num_turns, count, expected):
+    chosen = questions.choose_questions(documents(num_turns), count)
+    assert len({question.id for question in chosen}) == len(chosen) == expected
+    assert all(num_turns[question.record] for question in chosen)
+    # Spread over all records as before.
+    assert max(question.record for question in chosen) > 0.9 * len(num_turns)
+
+
+def test_of_a_large_set_no_more_is_read_than_is_needed():
+    class Counting(list):
+        read = 0
+
+        def __getitem__(self, index):
+            self.read += 1
+            return super().__getitem__(index)
+
+    records = Counting(documents([1, 0, 1, 0, 0] * 2000))
+    assert len(questions.choose_questions(records, 100)) == 100
+    assert records.read <= 500
+
+
+def test_questions_without_an_answer_are_asked_only_where_that_is_of_use():
+    turns = (Turn("a?", ("1",)), Turn("b?", ()), Turn("c?", ("2",)))
+    records = [Record("d", "form", (), turns), Record("e", "form", (), turns[1:2])]
+    chosen = questions.choose_questions(records, None)
+    assert {question.turn.question for question in chosen} == {"a?", "c?"}
+    assert len(questions.choose_questions(records, None, needs_answers=False)) == 4
+
+
 def write_task(folder, records) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     shards.write_shard(folder / shards.shard_name("validation", 0, 1), records)
