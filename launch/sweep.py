@@ -13,7 +13,8 @@ on.
         --submit='launch/slurm_gpu.sh --nodes=8 --'
 
 What follows a `--` every run gets: -- --config.init_from=runs/stage1 --config.data.dir=data/stage2
-A sweep file has sweep(ARG), which yields (name, config file with its argument, changed fields).
+A sweep file has sweep(ARG), which yields (name, config file with its argument, changed fields). In
+a value {workdir} stands for the folder of the runs' folders, as where one starts from another.
 """
 
 import argparse
@@ -42,20 +43,28 @@ if __name__ == "__main__" and importlib.util.find_spec("ml_collections") is None
 
 sys.path.insert(0, str(REPOSITORY))
 
+from alignvlm_jax import storage  # noqa: E402
 from alignvlm_jax.commands import config_flag  # noqa: E402
 from alignvlm_jax.config import Config  # noqa: E402
-from alignvlm_jax.errors import UsageError, UserError  # noqa: E402
+from alignvlm_jax.errors import UsageError, UserError, one_line  # noqa: E402
 
 
 class Run(NamedTuple):
-    """One run: what follows `python -m alignvlm_jax`, its folder, its length in steps, and the
-    folder of the run that it starts from, "" for none."""
+    """One run: what follows `python -m alignvlm_jax`, its folder, and its stages."""
 
     name: str
     arguments: list[str]
     workdir: str
-    num_steps: int
-    source: str
+    stages: tuple[Config, ...]
+
+    @property
+    def num_steps(self) -> int:
+        return sum(stage.train.num_steps for stage in self.stages)
+
+    @property
+    def source(self) -> str:
+        """The folder of the run that it starts from, "" for none."""
+        return self.stages[0].init_from
 
     def starts_from(self, other: "Run") -> bool:
         """Whether it starts from another run: from its folder, or a checkpoint in it."""
@@ -66,26 +75,24 @@ class Run(NamedTuple):
         )
         return bool(self.source) and f"{source}/".startswith(f"{folder}/")
 
-    def last_step(self) -> int:
-        """The newest step that is saved; 0 without one.
-
-        Orbax names a checkpoint by its step once it is whole.
-        """
-        folder = Path(self.workdir, "checkpoints")
-        return max(
-            (int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0
-        )
-
     def state(self) -> str:
-        """How far it is."""
-        step = self.last_step()
-        return (
-            "finished"
-            if step >= self.num_steps
-            else f"at step {step} of {self.num_steps}"
-            if step
-            else "not started"
-        )
+        """How far it is, by its newest checkpoint, here or in a bucket.
+
+        Raises:
+          UserError: that is of another config, or the storage of an unknown kind.
+          OSError: the storage does not answer.
+        """
+        folder = storage.path(self.workdir)
+        if not storage.children(folder / "checkpoints"):
+            return "not started"
+        # Late: importing jax takes seconds, and most often there is nothing yet.
+        from alignvlm_jax.train import checkpoint_files, workdir
+
+        workdir.check_same(folder, self.stages)
+        step = max(checkpoint_files.whole_steps(folder / "checkpoints"), default=0)
+        if step >= self.num_steps:
+            return "finished"
+        return f"at step {step} of {self.num_steps}" if step else "not started"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -114,22 +121,15 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--jobs writes logs beside the runs, and {args.workdir} is no folder here")
     try:
         runs = read(args.sweep, args.workdir, argv[end + 1 :])
-    except UserError as err:
-        print(f"sweep.py: error: {err}", file=sys.stderr)
+        unfinished = told(runs)
+    except BrokenPipeError:  # Not of the storage: of who reads the list.
+        raise
+    except (UserError, OSError) as err:
+        print(f"sweep.py: error: {one_line(err)}", file=sys.stderr)
         return 2 if isinstance(err, UsageError) else 1
-    width = max(len(run.name) for run in runs)
-    for run in runs:
-        print(f"{run.name:{width}}  {run.state()}", flush=True)
-    prefix = (
-        shlex.split(args.submit)
-        if args.submit
-        else [sys.executable, "-m", "alignvlm_jax"]
-        if args.run
-        else None
-    )
-    if prefix is None:
+    if not args.submit and not args.run:
         return 0
-    unfinished = [run for run in runs if run.state() != "finished"]
+    prefix = shlex.split(args.submit) or [sys.executable, "-m", "alignvlm_jax"]
     if args.dry_run:
         for run in unfinished:
             print(shlex.join([*prefix, *run.arguments]))
@@ -149,20 +149,18 @@ def read(sweep: str, workdir: str, common: Sequence[str] = ()) -> list[Run]:
       UsageError: no such file, or no sweep in it; something common that is no config field.
       UserError: a field that does not exist, or two runs of one name.
     """
-    path, _, argument = sweep.partition(":")
-    if not Path(path).is_file():
-        raise UsageError(f"no sweep file {path!r}")
-    generate = runpy.run_path(path).get("sweep")
-    if generate is None:
-        raise UsageError(f"{path} has no sweep()")
+    path = sweep.partition(":")[0]
     runs: list[Run] = []
-    for name, config, fields in generate(*([argument] if argument else [])):
+    for name, config, fields in _yielded(sweep):
         if any(run.name == name for run in runs):
             raise UserError(f"{path} names two runs {name!r}")
         arguments = [
             f"--config={config}",
             *common,
-            *(f"--config.{field}={value}" for field, value in fields.items()),
+            *(
+                f"--config.{field}={str(value).replace('{workdir}', workdir.rstrip('/'))}"
+                for field, value in fields.items()
+            ),
         ]
         try:
             stages, rest = config_flag.parse(arguments)
@@ -174,6 +172,43 @@ def read(sweep: str, workdir: str, common: Sequence[str] = ()) -> list[Run]:
     if not runs:
         raise UserError(f"{sweep} has no runs")
     return runs
+
+
+def _yielded(sweep: str) -> list[tuple[str, str, dict[str, object]]]:
+    """Returns what the function of a sweep FILE or FILE:ARG yields."""
+    path, _, argument = sweep.partition(":")
+    if not Path(path).is_file():
+        raise UsageError(f"no sweep file {path!r}")
+    try:
+        generate = runpy.run_path(path).get("sweep")
+        if generate is not None:
+            # Unpacked here, so that a run of the wrong form is the file's fault, too.
+            return [
+                (name, config, dict(fields))
+                for name, config, fields in generate(*([argument] if argument else []))
+            ]
+    except UserError:
+        raise
+    except Exception as err:  # A sweep file is Python, and may raise anything.
+        message = f"sweep file {sweep} failed: {type(err).__name__}: {one_line(err)}"
+        raise UserError(message) from err
+    raise UsageError(f"{path} has no sweep()")
+
+
+def told(runs: Sequence[Run]) -> list[Run]:
+    """Prints how far each run is, and returns those that are not finished.
+
+    Raises:
+      UserError, OSError: see `Run.state`.
+    """
+    width = max(len(run.name) for run in runs)
+    unfinished = []
+    for run in runs:
+        state = run.state()
+        print(f"{run.name:{width}}  {state}", flush=True)
+        if state != "finished":
+            unfinished.append(run)
+    return unfinished
 
 
 def start(runs: Sequence[Run], prefix: list[str], jobs: int = 1) -> int:
@@ -202,14 +237,15 @@ def start(runs: Sequence[Run], prefix: list[str], jobs: int = 1) -> int:
             return 1
     if work.failed:
         names = ", ".join(run.name for run in work.failed)
+        left = f"; {len(work.left_out)} that start from them left out" if work.left_out else ""
         of = f"{len(work.failed)} of {len(runs)}"
-        print(f"sweep.py: error: {of} failed: {names}", file=sys.stderr)
+        print(f"sweep.py: error: {of} failed: {names}{left}", file=sys.stderr)
     return int(bool(work.failed))
 
 
 class _Work:
-    """The runs that wait, those that run, each with its share of the cores, and those that failed
-    or were left out."""
+    """The runs that wait, those that run, each with its share of the cores, those that failed, and
+    those that were left out since what they start from failed or was left out."""
 
     def __init__(self, runs: Sequence[Run], prefix: list[str], jobs: int) -> None:
         self._runs = runs
@@ -219,6 +255,7 @@ class _Work:
         self.waiting = list(runs)
         self.running: dict[subprocess.Popen, tuple[Run, int]] = {}
         self.failed: list[Run] = []
+        self.left_out: list[Run] = []
 
     def start_ready(self) -> None:
         """Starts runs that wait for no other, as many as there are shares for.
@@ -230,10 +267,12 @@ class _Work:
         for run in self.waiting.copy():
             sources = [one for one in self._runs if one is not run and run.starts_from(one)]
             busy = [*self.waiting, *(run for run, _ in self.running.values())]
-            if any(one in self.failed for one in sources):
-                print(f"{run.name}  not started: {sources[0].name} failed", flush=True)
+            missing = [one for one in sources if one in self.failed or one in self.left_out]
+            if missing:
+                how = "failed" if missing[0] in self.failed else "was left out"
+                print(f"{run.name}  not started: {missing[0].name} {how}", flush=True)
                 self.waiting.remove(run)
-                self.failed.append(run)
+                self.left_out.append(run)
             elif self._shares and not any(one in busy for one in sources):
                 command = [*self._prefix, *run.arguments]
                 print(shlex.join(command), flush=True)
@@ -252,7 +291,8 @@ class _Work:
             for process in ended:
                 run, share = self.running.pop(process)
                 self._shares.append(share)
-                self.failed += [run] * bool(process.returncode)
+                if process.returncode:
+                    self.failed.append(run)
                 if self._jobs > 1:
                     how = f"failed, see {run.workdir}.log" if process.returncode else "finished"
                     left = len(self.waiting) + len(self.running)
@@ -314,9 +354,7 @@ def _wait(running: Collection[subprocess.Popen]) -> None:
 
 def _run(name: str, arguments: list[str], workdir: str, stages: tuple[Config, ...]) -> Run:
     folder = f"{workdir.rstrip('/')}/{name}"
-    num_steps = sum(stage.train.num_steps for stage in stages)
-    arguments = ["train", *arguments, f"--workdir={folder}"]
-    return Run(name, arguments, folder, num_steps, stages[0].init_from)
+    return Run(name, ["train", *arguments, f"--workdir={folder}"], folder, stages)
 
 
 if __name__ == "__main__":

@@ -238,6 +238,13 @@ def is_of_device(err: BaseException) -> bool:
     return any(isinstance(one, jax.errors.JaxRuntimeError) for one in faults.chain(err))
 
 
+def whole_steps(folder: Path) -> list[int]:
+    """Returns the steps of the checkpoints in a folder that are whole, oldest first; none where
+    there is no such folder."""
+    numbered = [child for child in storage.children(folder) if is_step(child.name)]
+    return sorted(int(child.name) for child in numbered if (child / COMMITTED).exists())
+
+
 def is_step(name: str) -> bool:
     """Whether the name of a folder is that of a step.
 

@@ -15,7 +15,7 @@ from alignvlm_jax.errors import TryAgainError, UserError
 from alignvlm_jax.storage import Path, faults
 from alignvlm_jax.storage.faults import Kind
 from alignvlm_jax.train import checkpoint_files
-from alignvlm_jax.train.checkpoint_files import is_of_device, is_step
+from alignvlm_jax.train.checkpoint_files import is_of_device
 from alignvlm_jax.train.state import Params, TrainState
 
 T = TypeVar("T")
@@ -48,10 +48,7 @@ class Reader:
 
     def steps(self) -> list[int]:
         """Returns the steps that are whole, oldest first."""
-        numbered = [child for child in storage.children(self.folder) if is_step(child.name)]
-        return sorted(
-            int(child.name) for child in numbered if (child / checkpoint_files.COMMITTED).exists()
-        )
+        return checkpoint_files.whole_steps(self.folder)
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Returns the state on the shardings of `abstract`, whatever mesh wrote it, and the

@@ -67,10 +67,8 @@ def lock(workdir: Path, stages: tuple[Config, ...]) -> Iterator[tuple[Config, ..
     if not storage.is_bucket(workdir) and workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; take a folder, or a new name")
     path = workdir / CONFIG_FILE
-    # Through JSON, so that tuples compare with the lists that a file holds.
-    ours = json.loads(json.dumps(config_lib.to_json(stages)))
     # Before the lock, too: another config is refused at once, without waiting for a lease.
-    _check_same(path, ours)
+    check_same(workdir, stages)
     run_id = None
     with contextlib.ExitStack() as held:
         if distributed.is_main():
@@ -78,9 +76,9 @@ def lock(workdir: Path, stages: tuple[Config, ...]) -> Iterator[tuple[Config, ..
             workdir.mkdir(parents=True, exist_ok=True)
             held.enter_context(lease.hold(workdir / LOCK_FILE, "is training in", _say, WAY_OUT))
             # Again: another run may have written checkpoints while this one waited for the lock.
-            _check_same(path, ours)
+            check_same(workdir, stages)
             run_id = _stored_id(path) or stages[0].run_id or secrets.token_hex(4)
-            identified = [stage | {"run_id": run_id} for stage in ours]
+            identified = [stage | {"run_id": run_id} for stage in _through_json(stages)]
             storage.write_whole(path, json.dumps(identified, indent=2) + "\n")
         # Also a barrier: nobody goes on before the folder is there, and the config in it.
         run_id = exchange.from_main(run_id)
@@ -129,13 +127,17 @@ def differences(
     ]
 
 
-def _check_same(path: Path, ours: list[dict[str, Any]]) -> None:
-    """Raises UserError if the workdir has checkpoints of another config than `ours`."""
+def check_same(workdir: Path, stages: tuple[Config, ...]) -> None:
+    """Raises UserError if a workdir has checkpoints of another config than these stages, with the
+    fields and both values, or if its config.json cannot be read."""
+    path = workdir / CONFIG_FILE
     if not _has_begun(path):
         return
     try:
         theirs = config_lib.current_form(json.loads(path.read_text()))
-        differing = differences(*(_without_resumable(stages) for stages in (theirs, ours)))
+        differing = differences(
+            *(_without_resumable(one) for one in (theirs, _through_json(stages)))
+        )
     except (ValueError, TypeError, KeyError, AttributeError) as err:
         raise UserError(f"{path} is damaged ({err}); mend it, or take another --workdir") from err
     if differing:
@@ -152,6 +154,11 @@ def _check_same(path: Path, ours: list[dict[str, Any]]) -> None:
             f"{path.parent} belongs to another config: {shown}{more}; take another --workdir, and "
             f"--config.init_from={path.parent} to begin with what was trained here"
         )
+
+
+def _through_json(stages: tuple[Config, ...]) -> list[dict[str, Any]]:
+    """Returns the stages as a file gives them back: tuples have become lists."""
+    return json.loads(json.dumps(config_lib.to_json(stages)))
 
 
 def _has_begun(path: Path) -> bool:

@@ -19,4 +19,5 @@ def sweep(base: str = "demo.py") -> Iterator[tuple[str, str, dict[str, object]]]
     common = demo.by_answers(base)
     for change, fields in CHANGES.items():
         for seed in SEEDS:
-            yield f"{change}_seed{seed}", f"configs/{base}", {**fields, "seed": seed, **common}
+            changed = {**fields, "seed": seed, **common}
+            yield f"align/{change}_seed{seed}", f"configs/{base}", changed

@@ -2,8 +2,7 @@
 
 ALIGN, ALIGN with patch labels, MLP and Ovis in settings that differ from the paper's one at a time,
 named SETTING/CONNECTOR_seedN. They begin with the towers, towers/VOCABULARY, from which the others
-start: all of them in one folder, whose name the sweep has to know. The vision encoder is one and
-the same everywhere.
+start. The vision encoder is one and the same everywhere.
 
     vocabulary_N   the language model has N vocabulary entries, 128 (the demonstration's) to 49,152.
                    The tokenizer stays: entries beyond its own are never written. They are drawn at
@@ -15,9 +14,9 @@ the same everywhere.
     random_llm_x3  128 entries, three times the steps, and a language model that is initialised: the
                    encoder alone is pretrained. In fewer steps it would not begin to answer
 
-    configs/sweeps/align_wins.py         everything, with --workdir=runs/align_wins
+    configs/sweeps/align_wins.py         everything
     configs/sweeps/align_wins.py:short   a few steps of one seed in every setting, to see that all
-                                         train, with --workdir=runs/align_wins_short
+                                         train; into another folder
 
 The largest vocabulary, half of the time, comes last; before it, each seed is whole before the next.
 Listed, it says how long it takes by the steps that were measured on 2 cores.
@@ -30,7 +29,7 @@ from alignvlm_jax.configs.sweeps import compare
 
 from alignvlm_jax.errors import UserError, nearest
 
-FOLDER = "runs/align_wins"
+TOWERS = "{workdir}/towers"
 CONNECTORS = {
     name: compare.CONNECTORS[name] for name in ("align", "align_supervised", "mlp", "ovis")
 }
@@ -66,17 +65,16 @@ def sweep(form: str = "whole") -> Iterator[tuple[str, str, dict[str, object]]]:
     if form not in forms:
         raise UserError(f"there is no form {form!r} of the sweep{nearest(form, forms)}")
     is_short = form == "short"
-    folder = f"{FOLDER}_short" if is_short else FOLDER
     runs = []
     for sizes in (VOCABULARIES[:-1], VOCABULARIES[-1:]):
-        runs += [_tower(folder, size, is_short) for size in sizes]
-        runs += _settings(folder, sizes, is_short)
+        runs += [_tower(size, is_short) for size in sizes]
+        runs += _settings(sizes, is_short)
     seconds = sum(_seconds(name, fields) for name, _, fields in runs)
     print(f"{len(runs)} runs, about {seconds / 60:,.0f} min of steps on 2 cores", file=sys.stderr)
     yield from runs
 
 
-def _tower(folder: str, size: int, is_short: bool) -> tuple[str, str, dict[str, object]]:
+def _tower(size: int, is_short: bool) -> tuple[str, str, dict[str, object]]:
     """Returns the run that trains both towers or, beside the encoder of that one, an LLM."""
     is_first = size == VOCABULARIES[0]
     steps = TEXT_STEPS | ENCODER_STEPS if is_first else TEXT_STEPS
@@ -84,21 +82,19 @@ def _tower(folder: str, size: int, is_short: bool) -> tuple[str, str, dict[str, 
     if is_short:
         fields = dict.fromkeys(fields, SHORT_STEPS) | SHORT
     if not is_first:
-        fields["init_from"] = f"{folder}/towers/{VOCABULARIES[0]}"
+        fields["init_from"] = f"{TOWERS}/{VOCABULARIES[0]}"
     part = "towers" if is_first else "language_model"
     return f"towers/{size}", f"configs/compare.py:{part}", fields | _vocabulary(size)
 
 
-def _settings(
-    folder: str, sizes: Sequence[int], is_short: bool
-) -> Iterator[tuple[str, str, dict[str, object]]]:
+def _settings(sizes: Sequence[int], is_short: bool) -> Iterator[tuple[str, str, dict[str, object]]]:
     """Yields the runs of the settings with a vocabulary of one of these sizes, seed by seed."""
     settings = {name: setting for name, setting in SETTINGS.items() if setting[0] in sizes}
     for seed in compare.SEEDS[:1] if is_short else compare.SEEDS:
         for setting, (size, times, changes) in settings.items():
             steps = times * (SHORT_STEPS if is_short else NUM_STEPS)
             common = {
-                "init_from": f"{folder}/towers/{size}",
+                "init_from": f"{TOWERS}/{size}",
                 "stages.read.train.num_steps": steps,
                 # In-training generation evals at a fifth of the run, as in the comparison.
                 "stages.read.train.generate_every": 0 if is_short else steps // 5,

@@ -20,9 +20,8 @@ def sweep(base: str = "demo.py") -> Iterator[tuple[str, str, dict[str, object]]]
     for llm in llms:
         for connector in REGISTRY:
             for seed in SEEDS:
-                name = "_".join(filter(None, (connector, llm.removeprefix(":"), f"seed{seed}")))
                 yield (
-                    name,
+                    f"{llm.removeprefix(':') or 'demo'}/{connector}_seed{seed}",
                     f"configs/{base}{llm}",
                     {"model.connector.name": connector, "seed": seed, **fields},
                 )

@@ -25,7 +25,7 @@ def sweep(base: str = "demo.py") -> Iterator[tuple[str, str, dict[str, object]]]
         for factor in FACTORS:
             rates = {field: factor * rate for field, rate in own.items()}
             yield (
-                f"{connector}_x{factor:g}",
+                f"{connector}/x{factor:g}_seed0",
                 f"configs/{base}",
                 {"model.connector.name": connector, **alike, **rates},
             )

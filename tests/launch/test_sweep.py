@@ -1,6 +1,8 @@
 """Sweeps: their runs, and the script that lists, runs and submits them."""
 
+import dataclasses
 import importlib.util
+import json
 import os
 import shlex
 import shutil
@@ -13,7 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from alignvlm_jax import config as config_lib
 from alignvlm_jax.models.connectors import REGISTRY
+from alignvlm_jax.train.checkpoint_files import COMMITTED
+from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
 SWEEPS = ROOT / "configs" / "sweeps"
@@ -59,7 +64,7 @@ def test_a_table_that_is_none_names_the_nearest(tmp_path, capsys):
 
 
 def test_settings_start_from_the_towers_that_the_sweep_trains(tmp_path, capsys):
-    for form, folder in (("whole", "runs/align_wins"), ("short", "runs/align_wins_short")):
+    for form, folder in (("whole", "runs/align_wins"), ("short", "elsewhere/short/")):
         runs = sweep.read(f"{SWEEPS}/align_wins.py:{form}", folder)
         sources = [
             argument.partition("=")[2]
@@ -94,13 +99,18 @@ def two(tmp_path):
 def steps(workdir: Path, *names: str) -> None:
     for name in names:
         (workdir / "checkpoints" / name).mkdir(parents=True)
+        (workdir / "checkpoints" / name / COMMITTED).touch()
 
 
-def test_lists_and_skips_what_is_finished(two, tmp_path, capsys):
+def test_lists_and_skips_what_is_finished(two, folder, capsys):
+    """Here and in a bucket; what orbax has not finished, or only begun, is no checkpoint."""
     first, total = (run.num_steps for run in sweep.read(str(two), "runs"))
-    steps(tmp_path / "runs" / "first", "100", str(first))
-    steps(tmp_path / "runs" / "second", "100", f"{total}.orbax-checkpoint-tmp")
-    arguments = [str(two), f"--workdir={tmp_path}/runs"]
+    steps(folder / "runs" / "first", "100", str(first))
+    steps(folder / "runs" / "second", "100", f"{total}.orbax-checkpoint-tmp")
+    begun = folder / "runs" / "second" / "checkpoints" / str(total)
+    begun.mkdir(parents=True)
+    (begun / "metadata").touch()
+    arguments = [str(two), f"--workdir={folder}/runs"]
     assert sweep.main(arguments) == 0
     assert capsys.readouterr().out.splitlines() == [
         "first   finished",
@@ -109,7 +119,7 @@ def test_lists_and_skips_what_is_finished(two, tmp_path, capsys):
     assert sweep.main([*arguments, "--run", "--dry_run"]) == 0
     assert capsys.readouterr().out.splitlines()[2:] == [
         f"{sys.executable} -m alignvlm_jax train --config=configs/demo.py:mlp --config.seed=2 "
-        f"--workdir={tmp_path}/runs/second"
+        f"--workdir={folder}/runs/second"
     ]
 
 
@@ -205,11 +215,15 @@ def test_what_starts_from_a_run_that_failed_is_not_started(tmp_path, capsys, job
     assert "seed=3" in (tmp_path / "log").read_text()
     out, err = capsys.readouterr()
     assert "reads  not started: tower failed" in out
-    assert "error: 2 of 3 failed: tower, reads" in err
+    assert "error: 1 of 3 failed: tower; 1 that start from them left out" in err
 
 
 def test_a_run_does_not_start_from_one_whose_name_begins_alike():
-    run = sweep.Run("a", [], "runs/tower", 1, "")
+    def run_of(workdir: str, source: str) -> sweep.Run:
+        stage = dataclasses.replace(tiny_config(), init_from=source)
+        return sweep.Run(workdir, [], workdir, (stage,))
+
+    run = run_of("runs/tower", "")
     assert not run.starts_from(run)
     for source, expected in (
         ("runs/tower/", True),
@@ -218,7 +232,7 @@ def test_a_run_does_not_start_from_one_whose_name_begins_alike():
         ("runs/tower2", False),
         ("gs://runs/tower", False),
     ):
-        assert sweep.Run("b", [], "runs/b", 1, source).starts_from(run) == expected
+        assert run_of("runs/b", source).starts_from(run) == expected
 
 
 def test_runs_that_start_from_one_another_are_named(tmp_path, capsys):
@@ -249,6 +263,7 @@ def signalled(tmp_path: Path, sent: signal.Signals, arguments: list, count: int)
     )  # fmt: skip
     try:
         while not log.exists() or len(log.read_text().split()) < count:
+            assert sweeping.poll() is None, sweeping.stderr.read()
             time.sleep(0.05)
         # As a terminal does it, Ctrl-C goes to the whole process group.
         send = os.killpg if sent == signal.SIGINT else os.kill
@@ -329,6 +344,47 @@ def test_bad_input_is_told_before_anything_starts(
     assert sweep.main([path, f"--workdir={tmp_path}/runs", f"--submit={script}"]) == status
     assert message in capsys.readouterr().err
     assert not os.path.exists(tmp_path / "started")
+
+
+@pytest.mark.parametrize(
+    ("text", "argument", "message"),
+    [
+        ("def sweep(:", "", "failed: SyntaxError"),
+        ("def sweep():\n    yield from ()", ":a", "failed: TypeError: sweep() takes 0 positional"),
+        ("def sweep():\n    raise OSError('no')\n    yield", "", "failed: OSError: no"),
+        (
+            "def sweep():\n    return [('a', 'configs/demo.py')]",
+            "",
+            "failed: ValueError: not enough",
+        ),
+    ],
+)
+def test_what_a_sweep_file_raises_is_one_line(tmp_path, capsys, text, argument, message):
+    (tmp_path / "one.py").write_text(text)
+    assert sweep.main([f"{tmp_path}/one.py{argument}", f"--workdir={tmp_path}/runs"]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_run_of_another_config_is_not_taken_for_finished(two, tmp_path, capsys):
+    """As after a rate was changed: the table would mix both."""
+    runs = sweep.read(str(two), f"{tmp_path}/runs")
+    folder = Path(runs[0].workdir)
+    steps(folder, str(runs[0].num_steps))
+    (folder / "config.json").write_text(json.dumps(config_lib.to_json(runs[0].stages)))
+    assert runs[0].state() == "finished"
+    script = command(tmp_path, f"touch {tmp_path}/started")
+    arguments = [str(two), f"--workdir={tmp_path}/runs", f"--submit={script}"]
+    assert sweep.main([*arguments, "--", "--config.optim.weight_decay=0.5"]) == 1
+    error = capsys.readouterr().err
+    assert "belongs to another config: config.optim.weight_decay is" in error
+    assert "and 0.5 here" in error and not (tmp_path / "started").exists()
+
+
+def test_storage_of_another_kind_is_one_line(two, capsys):
+    assert sweep.main([str(two), "--workdir=s3://b/runs"]) == 1
+    error = capsys.readouterr().err
+    assert "cannot use s3://b/runs" in error and error.count("\n") == 1
 
 
 def test_a_launch_command_that_is_not_there(two, tmp_path, capsys):
