@@ -9,6 +9,7 @@ another host lost or late, or a storage that does not answer; 143 told to stop, 
 import contextlib
 import importlib
 import os
+import select
 import sys
 import traceback
 from types import ModuleType
@@ -16,6 +17,10 @@ from typing import NoReturn
 
 PACKAGE = "alignvlm_jax"
 INTERRUPTED_STATUS = 130
+UNREAD_STATUS = 141
+"""As of a process that SIGPIPE ended."""
+FAULT_STATUS = 70
+"""Of what nobody expected (EX_SOFTWARE of sysexits.h); launchers start again, and count."""
 
 
 def _not_installed(err: ModuleNotFoundError) -> str:
@@ -39,6 +44,7 @@ try:
         UsageError,
         UserError,
         nearest,
+        one_line,
     )
     from alignvlm_jax.parallel import xla_flags
     from alignvlm_jax.storage import faults
@@ -123,6 +129,8 @@ def _run(argv: list[str], debug: bool) -> int:
         _show_traceback(debug)
         return _fail(str(err))
     except OSError as err:
+        if isinstance(err, BrokenPipeError) and _nobody_reads():
+            return UNREAD_STATUS
         _show_traceback(debug)
         message = f"{err.filename}: {err.strerror}" if err.filename and err.strerror else str(err)
         return _fail(message, status=TRY_AGAIN_STATUS if faults.kind_of(err) is Kind.PASSING else 1)
@@ -130,10 +138,54 @@ def _run(argv: list[str], debug: bool) -> int:
         message = _not_installed(err)
         _show_traceback(debug)
         return _fail(message)
+    except (RuntimeError, AssertionError) as err:
+        if "RESOURCE_EXHAUSTED" in str(err):
+            _show_traceback(debug)
+            return _fail(f"out of memory: {one_line(err)}", FAULT_STATUS)
+        # jax says either where it finds no device, in words of its own.
+        if not (problem := _no_device()):
+            raise
+        _show_traceback(debug)
+        status = TRY_AGAIN_STATUS if isinstance(problem, TryAgainError) else 1
+        return _fail(str(problem), status)
     except KeyboardInterrupt:
         # Nothing to go on with. A command that has saved raises StoppedError.
         return _fail("interrupted", status=INTERRUPTED_STATUS, kind="")
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether who read what is printed has seen enough, as `head`; then nothing is printed any
+    more, or Python would say so at its exit."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout, select.POLLOUT)
+    except (OSError, ValueError):  # No file at all: of a program that calls this one.
+        return False
+    if is_closed := any(events & select.POLLERR for _, events in poll.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_closed
+
+
+def _no_device() -> UserError | None:
+    """Returns that JAX finds no device, and what to do; None where it finds one, or was not
+    asked."""
+    if not (jax := sys.modules.get("jax")):
+        return None
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as err:
+        message = (
+            f"JAX finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+            f"{f' ({one_line(err)})' if str(err) else ''}; requirements-gpu.txt and "
+            "requirements-tpu.txt install what accelerators need, and JAX_PLATFORMS=cpu does "
+            "without"
+        )
+        # A platform whose plugin is not there is an assertion without words. A device that is
+        # there may be free again when the process that has it is gone.
+        is_unknown = isinstance(err, AssertionError) or "known backends" in str(err)
+        return (UserError if is_unknown else TryAgainError)(message)
+    return None
 
 
 def _version() -> str:
@@ -199,7 +251,7 @@ def run() -> NoReturn:
     except Exception as err:
         with contextlib.suppress(OSError, ValueError):
             traceback.print_exc()
-        status = _fail(f"unforeseen: {type(err).__name__}: {err}", status=70)
+        status = _fail(f"unforeseen: {type(err).__name__}: {err}", FAULT_STATUS)
     leave_with(status)
 
 

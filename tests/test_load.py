@@ -144,12 +144,22 @@ def test_takes_any_page_of_a_pdf(model, tmp_path, monkeypatch):
         (None, None, "None is no question: a text is, or a list of texts"),
         (None, ["Who?", 3], "3 is no question"),
         (None, " ", "a question is empty"),
+        (None, "Where is the caf\udce9?", "has half a character at 16: it is no UTF-8"),
     ],
 )
 def test_bad_input_is_one_line(model, image, question, message):
     with pytest.raises(UserError, match=message) as error:
         model.answer(image, question)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("most", [0, -5, 1.5, "7"])
+def test_the_length_of_an_answer_is_an_integer_from_1_on(model, pages, most):
+    """0 would mean the default, and a negative one fails in the midst of a program."""
+    for act in (model.answer, model.read):
+        arguments = ("Who?",) if act == model.answer else ()
+        with pytest.raises(UserError, match=rf"max_new_tokens is {most!r}; an integer from 1 on"):
+            act(pages[0], *arguments, max_new_tokens=most)
 
 
 def test_a_lens_holds_what_was_asked_for(model, pages):

@@ -11,6 +11,8 @@ import pytest
 from alignvlm_jax import __main__ as main_lib
 from alignvlm_jax.errors import StoppedError, TryAgainError, UsageError, UserError
 
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
 
 @pytest.fixture
 def command(monkeypatch):
@@ -107,6 +109,53 @@ def test_a_fault_of_ours_is_not_hidden(command):
     command(fail_with(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         main_lib.main(["train"])
+
+
+def test_whoever_reads_may_stop_reading():
+    """Not where another pipe broke: work would be lost without a word."""
+    program = f"{sys.executable} -m alignvlm_jax config --config=configs/demo.py"
+    command = ["bash", "-c", f"{program} | head -n 1; echo ${{PIPESTATUS[0]}}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert done.stdout.splitlines()[0].startswith("5 stages") and not done.stderr
+    assert done.stdout.splitlines()[1] in ("0", "141")  # All may have been written by then.
+
+
+def test_another_broken_pipe_is_told(command, capsys):
+    command(fail_with(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+    assert main_lib.main(["train"]) == 75
+    assert "Broken pipe" in capsys.readouterr().err
+
+
+def test_no_memory_is_one_line(command, capsys):
+    command(fail_with(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")))
+    assert main_lib.main(["train"]) == 70
+    told = capsys.readouterr().err
+    assert told.endswith(
+        "out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes. more\n"
+    )
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (AssertionError(), 1, "JAX finds no device for JAX_PLATFORMS=cuda; requirements-gpu.txt"),
+        (RuntimeError("'cdua' is not in the list of known backends"), 1, "known backends); req"),
+        (RuntimeError("The TPU is already in use by process 7\nmore"), 75, "by process 7 more)"),
+    ],
+)
+def test_no_device_is_one_line(command, capsys, monkeypatch, error, status, message):
+    """jax says so at the first use of a device, wherever that is."""
+
+    def devices() -> None:
+        raise error
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr("jax.devices", devices)
+    command(fail_with(error))
+    assert main_lib.main(["train"]) == status
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
 
 
 def test_an_unknown_command_names_the_nearest_and_is_wrong_usage(capsys):

@@ -13,6 +13,10 @@ from alignvlm_jax.data.chat_format import MARK, STRIPS
 from alignvlm_jax.data.chat_template import format_of
 from alignvlm_jax.data.tokenizers import letters
 from alignvlm_jax.data.tokenizers.base import Tokenizer
+from alignvlm_jax.errors import UserError
+
+MAX_SHOWN = 80
+"""Characters of a text that a message shows."""
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -185,7 +189,18 @@ class _Encoder:
         self._start, self._told = self._format.begin(system)
 
     def turn(self, texts: ChatTurn, before: Sequence[_Turn], *, is_last: bool = True) -> _Turn:
-        """Encodes a turn that follows others, of which the chat's images go on."""
+        """Encodes a turn that follows others, of which the chat's images go on.
+
+        Raises:
+          UserError: a text has half a character, as Python gives bytes that are no UTF-8.
+        """
+        for text in (self._told, texts.question, texts.answer):
+            try:
+                text.encode()
+            except UnicodeEncodeError as err:
+                raise UserError(
+                    f"{text[:MAX_SHOWN]!r} has half a character at {err.start}: it is no UTF-8"
+                ) from err
         shown = sum(len(turn.images) for turn in before)
         counts = self._of_images[shown : shown + len(texts.image_offsets)]
         # Where all images come first, none stands in a turn.

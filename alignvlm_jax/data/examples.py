@@ -64,8 +64,9 @@ class ExampleBuilder:
     @classmethod
     def of(cls, config: Config, tokenizer: Tokenizer) -> "ExampleBuilder":
         """Returns the builder of a stage's examples, with the tokenizer that fits its model."""
-        if config.data.text_unit == "letter":
-            letters.check(tokenizer)
+        for field in ("text_unit", "label_unit"):
+            if getattr(config.data, field) != "token":
+                letters.check(tokenizer, field)
         model = config.model
         labelled = config.data.labelled_fraction if config.train.patch_token_weight else 0.0
         return cls(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import numbers
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -128,6 +129,7 @@ class Assistant:
         """
         decoding = Decoding(temperature, top_p, repetition_penalty, seed)
         # What is wrong is found here, before anything is read or computed.
+        most = self._most(max_new_tokens)
         pages, questions = _pairs(image, question)
         builder = self.loaded.builder
         # By identity, since arrays cannot be keys: a page of several questions is opened once.
@@ -139,7 +141,6 @@ class Assistant:
             builder.prompt(opened[id(one)], text)
             for one, text in zip(pages, questions, strict=True)
         ]
-        most = max_new_tokens or self.loaded.config.eval.max_new_tokens
         # One call for all, since batches are faster, and none needs to wait for the last page.
         generated = self._generate(prompts, most, decoding)
         return generated if _is_many(image) or _is_many(question) else generated[0]
@@ -158,8 +159,8 @@ class Assistant:
         Raises:
           UserError: as `answer`.
         """
+        most = self._most(max_new_tokens)
         prompts = reading_prompts(self.loaded.builder, self._open(image, page))
-        most = max_new_tokens or self.loaded.config.eval.max_new_tokens
         return "\n".join(text.rstrip() for text in self._generate(prompts, most, GREEDY))
 
     def lens(
@@ -193,6 +194,14 @@ class Assistant:
         rows = batching.batch_size(1, 1, loaded.data_parallel_size)
         embeddings_BTD = self._embedder(loaded.variables, loader.stack([trimmed] * rows))
         return np.asarray(embeddings_BTD[0, : sequences.prompt_length(trimmed)], np.float32)
+
+    def _most(self, max_new_tokens: int | None) -> int:
+        """Returns the longest answer in tokens, by default that of the config."""
+        if max_new_tokens is None:
+            return self.loaded.config.eval.max_new_tokens
+        if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens!r}; an integer from 1 on is meant")
+        return int(max_new_tokens)
 
     @functools.cached_property
     def _embedder(self) -> Callable[..., jax.Array]:

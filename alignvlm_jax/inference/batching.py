@@ -23,10 +23,10 @@ from alignvlm_jax.parallel import exchange
 
 PREFILL_TOKENS = 1024
 """Tokens of the prompts that a device reads at once, about: enough for large matmuls."""
-PREFILL_FRACTION = 8
-"""A prefill has at most this fraction of a batch's rows: so many have to be free for it."""
-TOLD_FRACTION = 8
-"""Where no prompt waits, answers are handed out whenever this fraction of the rows has ended: those
+PREFILLS_PER_BATCH = 8
+"""A prefill has at most one such part of a batch's rows: so many have to be free for it."""
+REPORTS_PER_BATCH = 8
+"""Where no prompt waits, answers are handed out whenever one such part of the rows has ended: those
 of a single batch would all come at its end, minutes without a word."""
 PATIENCE = 2
 """Queues of later prompts that may be read before one whose bucket few others have."""
@@ -275,7 +275,7 @@ class _Rows:
         if len(queue):
             num_working = max(self._size - self._least(queue), 0)
         else:
-            num_working = max(len(self._numbers) - -(-self._size // TOLD_FRACTION), 0)
+            num_working = max(len(self._numbers) - -(-self._size // REPORTS_PER_BATCH), 0)
         self._state = self._sampler.advance(
             self._variables, self._state, self._num_new, num_working
         )
@@ -316,7 +316,7 @@ def check_context(num_prompt: int, num_new: int, longest: int) -> None:
 def prefill_size(size: int, length: int, data_parallel_size: int) -> int:
     """Returns the rows of the batches that prompts of so many tokens are read in, beside the `size`
     rows that they are put into: of the bucket alone, so that it has one program."""
-    most = size // data_parallel_size // PREFILL_FRACTION
+    most = size // data_parallel_size // PREFILLS_PER_BATCH
     return max(min(most, PREFILL_TOKENS // length), 1) * data_parallel_size
 
 

@@ -86,12 +86,12 @@ class Text(NamedTuple):
         ]
 
 
-def check(tokenizer: Tokenizer) -> None:
+def check(tokenizer: Tokenizer, field: str) -> None:
     """Raises UserError for a tokenizer that makes another text of spelled ones: some put a space
-    before whatever begins a text."""
+    before whatever begins a text. `field` is that of `config.data` which asks for letters."""
     found = tokenizer.decode(spell(SAMPLE, tokenizer))
     if found != SAMPLE:
         raise UserError(
             f"tokenizer {tokenizer.name} makes {found!r} of the letters of {SAMPLE!r}; "
-            "config.data.text_unit must be 'token' with it"
+            f"config.data.{field} must be 'token' with it"
         )

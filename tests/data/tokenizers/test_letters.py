@@ -1,11 +1,15 @@
 """Text as the tokens of its letters: what is spelled is what patches show, and decodes to the text."""
 
+import dataclasses
+
 import pytest
 
 from alignvlm_jax.data import chat, labels, tokenizers
+from alignvlm_jax.data.examples import ExampleBuilder
 from alignvlm_jax.data.record import Word
 from alignvlm_jax.data.tokenizers import letters
 from alignvlm_jax.errors import UserError
+from tests.conftest import tiny_config
 from tests.weights.tokenizers import AWKWARD, write_chatml, write_sentencepiece, write_tiktoken
 
 TEXTS = (
@@ -32,7 +36,7 @@ def any_tokenizer(request, tmp_path, tokenizer):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_spelled_text_decodes_to_itself_and_has_no_special_token(any_tokenizer, text):
-    letters.check(any_tokenizer)
+    letters.check(any_tokenizer, "text_unit")
     ids = letters.spell(text, any_tokenizer)
     if any_tokenizer.decode(any_tokenizer.encode(text)) != text:
         pytest.skip("the vocabulary has no letter é")
@@ -82,5 +86,11 @@ def test_questions_and_answers_are_spelled_and_make_the_same_text(any_tokenizer)
 
 def test_a_tokenizer_that_puts_a_space_before_every_text_is_refused(tmp_path):
     write_sentencepiece(tmp_path)
-    with pytest.raises(UserError, match=r"makes .* of the letters of .*; config\.data\.text_unit"):
-        letters.check(tokenizers.load(tmp_path))
+    tokenizer = tokenizers.load(tmp_path)
+    config = tiny_config()
+    for changes in ({"text_unit": "letter"}, {"label_unit": "letter"}, {"label_unit": "character"}):
+        [field] = changes
+        data = dataclasses.replace(config.data, **changes)
+        message = rf"makes .* of the letters of .*; config\.data\.{field} must be 'token' with it"
+        with pytest.raises(UserError, match=message):
+            ExampleBuilder.of(dataclasses.replace(config, data=data), tokenizer)
