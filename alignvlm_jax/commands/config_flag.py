@@ -199,6 +199,8 @@ def _load(file_and_arg: str) -> ml_collections.ConfigDict:
         values([""])
         return holder.value
     except Exception as err:  # a config file is Python, and may raise anything
+        if "has no attribute 'get_config'" in _last_line(err):
+            raise UserError(f"{path} is no config: it has no get_config()") from err
         missing = re.search(r"get_config\(\) missing .*: '(\w+)'$", _last_line(err))
         if missing:
             raise UserError(

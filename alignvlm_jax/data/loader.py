@@ -119,18 +119,22 @@ class TrainSequences:
         its images."""
         if not self.builder.needs_words:
             return
-        firsts = range(min(len(self), NUM_TRIED))
-        records = [record for index in firsts for record in self.schedule.records(index)]
-        for record in records:
-            with contextlib.suppress(UserError):  # The stage says itself how many it cannot read.
-                if self._record(record).lines:
-                    return
+        if any(record.lines for record in self.first_records()):
+            return
         raise UserError(
             f"stage {self._stage!r} learns from the words of pages and their boxes "
             f"(config.train.visual_source is {self._train.visual_source!r}, answer_weight "
-            f"{self._train.answer_weight:g}), and none of its first {len(records)} records in "
+            f"{self._train.answer_weight:g}), and none of its first records in "
             f"{', '.join(self.builder.data.folders)} knows any"
         )
+
+    def first_records(self) -> Iterator[Record]:
+        """Yields the records of the first sequences, without those that cannot be read: the stage
+        says itself how many these are."""
+        for index in range(min(len(self), NUM_TRIED)):
+            for record in self.schedule.records(index):
+                with contextlib.suppress(UserError):
+                    yield self._record(record)
 
     def lacks_text(self) -> bool:
         """Whether an index says that no record has text for any of the tasks."""

@@ -4,7 +4,7 @@ grid, or its text lines."""
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -12,6 +12,7 @@ from PIL import Image
 from alignvlm_jax.config import DataConfig, VisionConfig
 from alignvlm_jax.data import images, text_lines
 from alignvlm_jax.data.images import Tiles
+from alignvlm_jax.data.record import Word
 from alignvlm_jax.errors import UserError, counted
 
 KeptPatches = Callable[[np.ndarray], np.ndarray]
@@ -25,6 +26,28 @@ ANY_NUMBER = sys.maxsize
 SHORTEST = 0.75
 """Fraction of a tile's width that a piece of a line has at least, where another one follows: of a
 line of text that much of a tile holds a gap between two words at its end."""
+
+
+def word_heights(pages: Sequence[Tiles], lines: Sequence[Sequence[Sequence[Word]]]) -> list[float]:
+    """Returns how many pixels high the words of pages are in the tiles that show them largest;
+    words that no tile shows are left out.
+
+    Args:
+      pages: tiles of each page.
+      lines: the lines of each.
+    """
+    heights = []
+    for tiles, of_page in zip(pages, lines, strict=False):
+        left, top, right, bottom = tiles.crops.T
+        for word in (word for line in of_page for word in line if word.text.strip()):
+            x = (word.box[0] + word.box[2]) / 2
+            y = (word.box[1] + word.box[3]) / 2
+            is_shown = (left <= x) & (x < right) & (top <= y) & (y < bottom)
+            if is_shown.any():
+                # An overview shows all of a page, small, beside its parts.
+                scale = float(tiles.scales[is_shown, 1].max())
+                heights.append(scale * (word.box[3] - word.box[1]))
+    return heights
 
 
 def tile_page(

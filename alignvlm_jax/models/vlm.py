@@ -302,10 +302,10 @@ def init_params(model: VLM, rng: jax.Array) -> dict[str, Any]:
     batch_size = max(jax.sharding.get_abstract_mesh().size, 1)
     batch = abstract_batch(model.config, DataConfig(seq_len=INIT_LENGTH, max_tiles=1), batch_size)
     zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in batch.items()}
-    return init_from_llm(model.config, model.init(rng, zeros)["params"])
+    return with_llm_derived(model.config, model.init(rng, zeros)["params"])
 
 
-def init_from_llm(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
+def with_llm_derived(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
     """Returns params, boxed or not, in which connector parameters that start from the LLM are made
     anew of the LLM in `params`.
 
@@ -313,7 +313,7 @@ def init_from_llm(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]
       UserError: such a parameter is of another shape than what it starts from.
     """
     leaves = traverse_util.flatten_dict(params, sep="/")
-    for path, new in from_llm(config, nn.meta.unbox(params["llm"])).items():
+    for path, new in llm_derived(config, nn.meta.unbox(params["llm"])).items():
         shape = nn.meta.unbox(leaves[path]).shape
         if shape != new.shape:
             raise UserError(
@@ -325,16 +325,16 @@ def init_from_llm(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def from_llm(config: ModelConfig, llm: dict[str, Any]) -> dict[str, Array]:
+def llm_derived(config: ModelConfig, llm: dict[str, Any]) -> dict[str, Array]:
     """Returns, by path, the connector parameters that start as a function of the LLM's, made of
     `llm`."""
     made = connectors.get(config.connector.name).init_from_llm(llm, config.connector)
     return traverse_util.flatten_dict({"connector": made}, sep="/") if made else {}
 
 
-def from_llm_paths(config: ModelConfig, llm: dict[str, Any]) -> set[str]:
-    """Returns the paths of the parameters that `from_llm` makes; nothing is computed."""
-    return set(jax.eval_shape(functools.partial(from_llm, config), llm))
+def llm_derived_paths(config: ModelConfig, llm: dict[str, Any]) -> set[str]:
+    """Returns the paths of the parameters that `llm_derived` makes; nothing is computed."""
+    return set(jax.eval_shape(functools.partial(llm_derived, config), llm))
 
 
 def pruning(kept: Bool[Array, "V"]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from alignvlm_jax import storage
-from alignvlm_jax.config import Config, renamed
-from alignvlm_jax.data import prepared
+from alignvlm_jax.config import Config
 from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.logs import HostLog
@@ -50,7 +49,8 @@ from alignvlm_jax.train.goodput import Phases
 from alignvlm_jax.train.hooks import Profiler, StopSignal
 from alignvlm_jax.train.metrics import FILE as METRICS_FILE
 from alignvlm_jax.train.metrics import NullWriter, Progress, Writer
-from alignvlm_jax.train.stage_loop import Run, Stage, StageLoop, Stopped
+from alignvlm_jax.train.run import Run, Stage, Stopped
+from alignvlm_jax.train.stage_loop import StageLoop
 from alignvlm_jax.train.state import TrainState
 
 
@@ -85,6 +85,40 @@ def train(
     opened = dict(enumerate(preflight.open_stages(configs)))
     for kind, index in itertools.product(kinds, opened):
         kind.check(configs[index], opened[index])
+    beside = {"kinds": kinds, "began": began, "opened": opened, "config_flags": config_flags}
+    with _opened_run(configs, folder, console, process_began, beside) as run:
+        _check_newest(run.checkpoints, run.total)
+        stages = lay_out(run.stages)
+        more = "; nothing was left to do: another --workdir trains anew"
+        # What is listed may differ between hosts for a moment, as on a bucket: one of them says
+        # what is there.
+        while found := exchange.from_main(_next(run, stages) if distributed.is_main() else None):
+            index, newest, lacking = found
+            more = ""
+            try:
+                _train_stage(run, stages[index], newest, lacking)
+            except BrokenCheckpoint as err:
+                if run.broken:
+                    # Two in a row are more likely the storage's fault, or ours, than two accidents.
+                    raise UserError(
+                        f"{run.broken[1]}, and {err}; move them away to do without them"
+                    ) from err
+                run.broken = newest, err
+        run.progress.say(
+            f"done: {run.total} steps, {run.checkpoints.folder / str(run.total)}{more}"
+        )
+
+
+@contextlib.contextmanager
+def _opened_run(
+    configs: tuple[Config, ...],
+    folder: Path,
+    console: Console,
+    process_began: float | None,
+    beside: Mapping[str, Any],
+) -> Iterator[Run]:
+    """Locks the workdir, opens what a run has open from its first step to its last, and gives the
+    run; `beside` are its other fields."""
     stages = lay_out(configs)
     total = stages[-1].end
     profiled = hooks.profile_range(configs)
@@ -115,44 +149,27 @@ def train(
         Checkpoints(folder / checkpoint.FOLDER, keep=keep, stage_ends=ends) as checkpoints,
         Profiler(folder, profiled, process, progress.say) as profiler,
     ):
-        _check_newest(checkpoints, total)
-        stages = lay_out(identified)
-        run = Run(
-            identified,
-            kinds,
-            total,
-            folder,
-            checkpoints,
-            progress,
-            stop,
-            phases,
-            heartbeat,
-            profiler,
-            began,
-            opened,
-            config_flags,
+        yield Run(
+            stages=identified,
+            total=total,
+            folder=folder,
+            checkpoints=checkpoints,
+            progress=progress,
+            stop=stop,
+            phases=phases,
+            heartbeat=heartbeat,
+            profiler=profiler,
+            **beside,
         )
-        more = "; nothing was left to do: another --workdir trains anew"
-        # What is listed may differ between hosts for a moment, as on a bucket: one of them says
-        # what is there.
-        while found := exchange.from_main(_next(run, stages) if distributed.is_main() else None):
-            index, newest, lacking = found
-            more = ""
-            try:
-                _train_stage(run, stages[index], newest, lacking)
-            except BrokenCheckpoint as err:
-                if run.broken:
-                    # Two in a row are more likely the storage's fault, or ours, than two accidents.
-                    raise UserError(
-                        f"{run.broken[1]}, and {err}; move them away to do without them"
-                    ) from err
-                run.broken = newest, err
-        progress.say(f"done: {total} steps, {checkpoints.folder / str(total)}{more}")
 
 
 def _check_newest(checkpoints: Checkpoints, total: int) -> None:
-    """Also where nothing is left to do: a folder that has been given another name is not what it
-    says."""
+    """Checks the newest checkpoint, also where nothing is left to do: a folder that has been given
+    another name is not what it says.
+
+    Raises:
+      UserError: it is beyond the run's last step, or its metadata name another step.
+    """
     newest = exchange.from_main(checkpoints.latest())
     if newest is None:
         return
@@ -227,7 +244,15 @@ def _train_stage(run: Run, stage: Stage, newest: int, lacking: Sequence[str]) ->
             # compiled.
             mfu_of = flops.mfu_of(config, abstract.params, mesh.devices.flat)
             loop = StageLoop(
-                run, stage, mesh, opened, writer, train_step, eval_step, evaluators, mfu_of
+                run=run,
+                stage=stage,
+                mesh=mesh,
+                opened=opened,
+                writer=writer,
+                train_step=train_step,
+                eval_step=eval_step,
+                evaluators=evaluators,
+                mfu_of=mfu_of,
             )
             loop.run_steps(live, newest, position, lacking)
 
@@ -249,8 +274,8 @@ def _start(
         metadata = (
             restore.agreed_metadata(checkpoints, newest) if newest else {"train_seconds": 0.0}
         )
-        _check_data(run, metadata)
-        _check_chat(run, opened, metadata)
+        restore.check_data(run.folder, run.stages, metadata)
+        restore.check_chat(run.folder, opened.tokenizer.chat_files, metadata)
         run.earlier_seconds = metadata["train_seconds"]
     if newest > stage.begin:
         run.progress.say(f"going on from {checkpoints.folder / str(newest)}")
@@ -275,36 +300,9 @@ def _start(
     return TrainState(first, params, opt_state), {"next_sequence": 0}
 
 
-def _check_data(run: Run, metadata: Mapping[str, Any]) -> None:
-    """The position in the data means nothing in other data."""
-    # Without a checkpoint, or with one from before data had fingerprints.
-    if "data" not in metadata:
-        return
-    folders = next(
-        config.data.folders for config in run.stages if config.stage == metadata["stage"]
-    )
-    here = prepared.fingerprint(*folders)
-    if not prepared.has_fingerprint(metadata["data"], *folders):
-        raise UserError(
-            f"{run.folder} was trained on data of fingerprint {metadata['data']}, "
-            f"that of {', '.join(folders)} is {here}; "
-            "take the data that it was trained on, or another --workdir"
-        )
-
-
-def _check_chat(run: Run, opened: StageData, metadata: Mapping[str, Any]) -> None:
-    """Earlier versions read no chat template: a run that goes on by one would learn two formats."""
-    files = opened.tokenizer.chat_files
-    if files.template and renamed.is_from_before(metadata.get("config", [])):
-        raise UserError(
-            f"{run.folder} was trained by the chat format of its special tokens, and {files.name} "
-            "has another; take another --workdir, or copy the tokenizer's file into a folder of "
-            "its own and set config.data.tokenizer to that"
-        )
-
-
 def _quarantine_broken(run: Run, newest: int) -> None:
-    """Only once the one before has been read: until then nothing is changed."""
+    """Moves a checkpoint that could not be read away, and says so; only once the one before it has
+    been read, until when nothing is changed."""
     if run.broken:
         (step, err) = run.broken
         run.broken = None
@@ -324,8 +322,8 @@ def _watch_from(run: Run, stage: Stage, newest: int) -> None:
 
 
 def _say_what_is_lost(run: Run, stage: Stage, newest: int) -> None:
-    """A save waits until the lines before it are safe: where they are not there, somebody has
-    removed them."""
+    """Says where lines of the log before the newest checkpoint are lost: a save waits until they
+    are safe, so that somebody has removed them."""
     if not distributed.is_main():
         return  # Of a bucket every host would read it, for one line.
     done = newest - stage.begin

@@ -191,13 +191,22 @@ def merged_dtype(kernel: DTypeLike, model: ModelConfig) -> np.dtype:
 
 
 def merged(
-    params: Mapping[str, Any], alpha: float, model: ModelConfig, dtype: DTypeLike | None = None
+    params: Mapping[str, Any],
+    alpha: float | None,
+    model: ModelConfig,
+    dtype: DTypeLike | None = None,
 ) -> Mapping[str, Any]:
     """Returns the model's parameters, without factors; a kernel that has some is summed in float32
     and then of `dtype`, by default `merged_dtype`. Without any factors the parameters come back as
-    they are."""
+    they are.
+
+    Raises:
+      ValueError: there are factors, and no alpha to merge them by.
+    """
     if COMPONENT not in params:
         return params
+    if alpha is None:
+        raise ValueError("parameters have factors of LoRA, and no lora_alpha was given")
     leaves = traverse_util.flatten_dict(params, sep="/")
     for path in sorted(kernels(leaves)):
         a, b = map(leaves.pop, factors(path))

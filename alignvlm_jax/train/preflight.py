@@ -1,17 +1,20 @@
 """What is checked before anything is compiled: every stage of a run, with its data."""
 
+import contextlib
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import logging
 
 from alignvlm_jax import logs, storage
 from alignvlm_jax.config import Config
-from alignvlm_jax.data import loader, prepared, stage_data, validation
+from alignvlm_jax.data import loader, prepared, stage_data, tiling, validation
 from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.data.tokenizers.base import Tokenizer
 from alignvlm_jax.errors import UserError
@@ -26,6 +29,10 @@ CPU_FLOPS = 3e10
 """FLOPs a second of a core, of an ordinary one in float32."""
 LONG_STEP_SECONDS = 60.0
 """Seconds of a step from which a CPU is the wrong place for a stage."""
+LEGIBLE_PIXELS = 5.0
+"""Height of a word's box, in pixels of a tile, below which hardly anybody can read it."""
+NUM_MEASURED = 8
+"""Pages of which that is looked at."""
 
 
 def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
@@ -80,6 +87,9 @@ def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
         if before is not None:
             warm_start.loaded_paths(config.train, state.flatten(before))
         before = shapes[key]
+        sees_pixels = config.train.visual_source == "pixels"
+        if distributed.is_main() and sees_pixels and (small := _about_legibility(sequences)):
+            logs.say(f"stage {config.stage!r}: {small}")
         # The last thing of a stage: what is wrong with it should not wait for a plan.
         if distributed.is_main() and (about := sequences.about_packing()):
             logs.say(about)
@@ -91,6 +101,26 @@ def open_stages(stages: tuple[Config, ...]) -> list[StageData]:
             f"{goodput.duration(seconds)}: --config=trial is made for it"
         )
     return found
+
+
+def _about_legibility(sequences: loader.TrainSequences) -> str:
+    """Returns that the words of the first pages are too small in their tiles to be read, and how
+    small they are; empty where they are not, or no words are known."""
+    builder = sequences.builder
+    heights = []
+    for record in itertools.islice(sequences.first_records(), NUM_MEASURED):
+        with contextlib.suppress(UserError):
+            heights += tiling.word_heights(builder.tile_pages(record), record.lines)
+    median = float(np.median(heights)) if heights else LEGIBLE_PIXELS
+    if median >= LEGIBLE_PIXELS:
+        return ""
+    data = builder.data
+    return (
+        f"words in {', '.join(data.folders)} are {median:.1f} pixels high in its tiles, and below "
+        f"{LEGIBLE_PIXELS:g} few can be read: config.data.record_tiles is "
+        f"{data.tiles_of_a_record}, of {builder.vision.tile_width} x {builder.vision.tile_height} "
+        "pixels"
+    )
 
 
 def _cpu_seconds(

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from alignvlm_jax import storage
-from alignvlm_jax.config import Config, ModelConfig, TrainConfig
+from alignvlm_jax.config import Config, ModelConfig, TrainConfig, renamed
+from alignvlm_jax.data import prepared
+from alignvlm_jax.data.tokenizers import ChatFiles
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.models import vlm
 from alignvlm_jax.parallel import distributed, exchange
@@ -197,3 +199,30 @@ def _steps(checkpoints: Checkpoints, step: int | None) -> list[int]:
 
 MAX_SUPERSEDED = 5
 """Number of checkpoints that a run may remove while `read_newest` tries to read them."""
+
+
+def check_data(folder: Path, stages: Sequence[Config], metadata: Mapping[str, Any]) -> None:
+    """Raises UserError where the data of the run in `folder` are not those that the checkpoint with
+    this metadata was trained on: its position in them would mean nothing."""
+    # Without a checkpoint, or with one from before data had fingerprints.
+    if "data" not in metadata:
+        return
+    folders = next(stage.data.folders for stage in stages if stage.stage == metadata["stage"])
+    here = prepared.fingerprint(*folders)
+    if not prepared.has_fingerprint(metadata["data"], *folders):
+        raise UserError(
+            f"{folder} was trained on data of fingerprint {metadata['data']}, "
+            f"that of {', '.join(folders)} is {here}; "
+            "take the data that it was trained on, or another --workdir"
+        )
+
+
+def check_chat(folder: Path, files: ChatFiles, metadata: Mapping[str, Any]) -> None:
+    """Raises UserError where the tokenizer has a chat template and the checkpoint is of an earlier
+    version, which read none: the run in `folder` would learn two formats."""
+    if files.template and renamed.is_from_before(metadata.get("config", [])):
+        raise UserError(
+            f"{folder} was trained by the chat format of its special tokens, and {files.name} "
+            "has another; take another --workdir, or copy the tokenizer's file into a folder of "
+            "its own and set config.data.tokenizer to that"
+        )

@@ -5,104 +5,36 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from alignvlm_jax.config import Config
 from alignvlm_jax.data import loader
 from alignvlm_jax.data.stage_data import StageData
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import exchange, sharding
-from alignvlm_jax.train import checkpoint, goodput, lora, metrics, step
-from alignvlm_jax.train.checkpoint import BrokenCheckpoint, Checkpoints
-from alignvlm_jax.train.evaluator import Evaluator, Kind
-from alignvlm_jax.train.goodput import Phases
-from alignvlm_jax.train.heartbeat import Heartbeat
-from alignvlm_jax.train.hooks import Profiler, StopSignal
-from alignvlm_jax.train.metrics import Interval, NullWriter, Progress, Writer, peak_memory_gib
+from alignvlm_jax.train import checkpoint, goodput, lora, step
+from alignvlm_jax.train.evaluator import Evaluator
+from alignvlm_jax.train.metrics import Interval, NullWriter, Writer, peak_memory_gib
+from alignvlm_jax.train.run import Run, Stage, Stopped
 from alignvlm_jax.train.state import TrainState
 
 SLOW_STEP_SECONDS = 1.0
 """Beyond it a device that waits a millisecond for its next step loses nothing worth having."""
 
 
-class Stopped(UserError):
-    """The run was told to stop by the signal `number`, and has saved."""
+class Sent(NamedTuple):
+    """A step that was sent off: its metrics, which may not be there yet, and how many records of
+    the stage had nothing to teach by then."""
 
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
-        self.number = number
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A stage, and the steps, counted over the run, between which it lies."""
-
-    index: int
-    config: Config
-    begin: int
-    end: int
-
-    def is_due(self, now: int, every: int) -> bool:
-        """Whether what is done every so many steps, and at the end, is done at step `now`."""
-        return (now - self.begin) % every == 0 or now == self.end
+    step: int
+    metrics: step.Metrics
+    num_unsupervised: int
 
 
-@dataclasses.dataclass
-class Run:
-    """What all stages of a run share."""
-
-    stages: tuple[Config, ...]
-    kinds: tuple[Kind, ...]
-    total: int
-    folder: Path
-    checkpoints: Checkpoints
-    progress: Progress
-    stop: StopSignal
-    phases: Phases
-    heartbeat: Heartbeat
-    profiler: Profiler
-    began: float
-    opened: dict[int, StageData]  # by stage; each goes to its stage, and with it
-    config_flags: Sequence[str] = ()  # of the command that trains it
-    earlier_seconds: float | None = None
-    announced: bool = False
-    broken: tuple[int, BrokenCheckpoint] | None = None
-
-    def newest(self) -> int:
-        """The newest step whose checkpoint is not known to be broken; 0 without one."""
-        return max(
-            (
-                step
-                for step in self.checkpoints.steps()
-                if not self.broken or step != self.broken[0]
-            ),
-            default=0,
-        )
-
-    def evaluations(self, stage: Stage, now: int) -> list[str]:
-        """The names of the evaluators that run at step `now`, in their order.
-
-        Each logs one line.
-        """
-        due = [(kind.name, kind.every(stage.config)) for kind in self.kinds]
-        return [name for name, every in due if every and stage.is_due(now, every)]
-
-    def lacking(self, stage: Stage, step: int) -> list[str]:
-        """The evaluators of a step that a stop kept from being logged; they are logged in their
-        order."""
-        logged = metrics.num_evaluations(self.folder / metrics.FILE, step)
-        return [] if logged is None else self.evaluations(stage, step)[logged:]
-
-    def train_seconds(self) -> float:
-        """Seconds of training over stages and resumes: everything that the user waits for."""
-        return (self.earlier_seconds or 0.0) + time.monotonic() - self.began
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class StageLoop:
     """The steps of one stage.
 
@@ -120,7 +52,7 @@ class StageLoop:
     mfu_of: Callable[[float, Sequence[tuple[float, float]]], dict[str, float]]
     interval: Interval = dataclasses.field(default_factory=Interval)
     batches: loader.TrainBatches = dataclasses.field(init=False)
-    unread: tuple[int, step.Metrics, int] | None = None  # the last, batches.num_unsupervised
+    unread: Sent | None = None
     used: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # of batches
     unsupervised_read: int = 0
     unsupervised_told: int = 0
@@ -129,6 +61,7 @@ class StageLoop:
     saved: int = 0
     saved_at: float = 0.0
     was_cut_short: bool = False  # an evaluation, by a stop
+    is_sample_told: bool = False  # that it has no room for all labels
 
     def run_steps(
         self,
@@ -194,7 +127,7 @@ class StageLoop:
                 live, values = self.train_step(live, batch)
             # The metrics of the step before, now that this one keeps the devices at work.
             self._read()
-            self.unread = now, values, self.batches.num_unsupervised
+            self.unread = Sent(now, values, self.batches.num_unsupervised)
             if now == newest + 1:
                 # Waited for, once a stage: whether it runs, and how fast, is asked first.
                 self._read()
@@ -216,11 +149,28 @@ class StageLoop:
         if self._is_device_busy():
             phases.move("waiting", "training", time.monotonic() - began)
         self.used.append(loader.used(batch, config.model, config.data.max_tiles))
+        self._check_labels(batch)
         with jax.transfer_guard("disallow"):
             return sharding.put_batch(step.train_inputs(config.train, batch), self.mesh)
 
+    def _check_labels(self, batch: loader.Batch) -> None:
+        """Says once a stage that the patches of a batch have more labels than entries are sampled:
+        in each step some patches are then taught nothing."""
+        size = self.stage.config.train.sampled_entries
+        if not size or self.is_sample_told:
+            return
+        # Labels without weight fill up the patches that have fewer.
+        is_label = batch["patch_label_weights"] > 0
+        number = len(np.unique(batch["patch_label_ids"][is_label]))
+        if number > size:
+            self.is_sample_told = True
+            self.run.progress.say(
+                f"the patches of a batch have {number:,} labels and config.train.sampled_entries "
+                f"is {size:,}: in each step those that show others are left out"
+            )
+
     def _wait_for_step(self) -> None:
-        jax.block_until_ready(self.unread and self.unread[1])
+        jax.block_until_ready(self.unread and self.unread.metrics)
 
     def _wait_for_save(self) -> None:
         with self._phase("saving", self.saved):
@@ -261,23 +211,37 @@ class StageLoop:
     def _is_device_busy(self) -> bool:
         """Whether a step that was sent off is not finished yet."""
         # is_ready does not wait for the step, as reading the loss would.
-        return self.unread is not None and not self.unread[1]["loss"].is_ready()
+        return self.unread is not None and not self.unread.metrics["loss"].is_ready()
 
     def _read(self) -> None:
         """Reads the metrics of the step before, waiting for it, and logs them where due."""
         if self.unread is None:
             return
-        (now, arrays, self.unsupervised_read) = self.unread
+        sent = self.unread
         self.unread = None
-        config = self.stage.config
-        values = {name: float(value) for name, value in jax.device_get(arrays).items()}
+        self.unsupervised_read = sent.num_unsupervised
+        values = {name: float(value) for name, value in jax.device_get(sent.metrics).items()}
         began = self.last_read
         self.last_read = time.monotonic()
         if began is not None:
             self.step_seconds = self.last_read - began
-        self.run.phases.step(now)
+        self.run.phases.step(sent.step)
+        num_skipped = self._checked_skips(sent.step, values.pop("num_updates"))
+        self.interval.add(values)
+        config = self.stage.config
+        if self.stage.is_due(sent.step, config.train.log_every):
+            self._log(sent.step, values["learning_rate"], num_skipped)
+        elif self.run.progress.is_due(sent.step, config.stage):
+            line = self.interval.means()
+            line |= self.mfu_of(line["steps_per_second"], self.used)
+            self.run.progress.update(sent.step, config.stage, line, is_whole=False)
+
+    def _checked_skips(self, now: int, num_updates: float) -> int:
+        """Returns how many steps of the stage made no update; raises UserError where they are too
+        many."""
+        config = self.stage.config
         # The optimizer counts the updates of this stage: steps without one were skipped.
-        skipped = now - self.stage.begin - int(values.pop("num_updates"))
+        skipped = now - self.stage.begin - int(num_updates)
         if skipped > config.train.max_skipped_steps:
             raise UserError(
                 f"{skipped} steps of stage {config.stage!r} had no finite gradient, the last of "
@@ -285,28 +249,26 @@ class StageLoop:
                 f"{config.train.max_skipped_steps}: lower config.optim.learning_rate "
                 f"{config.optim.learning_rate}"
             )
-        self.interval.add(values)
-        is_logged = self.stage.is_due(now, config.train.log_every)
-        if not is_logged and self.run.progress.is_due(now, config.stage):
-            line = self.interval.means()
-            line |= self.mfu_of(line["steps_per_second"], self.used)
-            self.run.progress.update(now, config.stage, line, is_whole=False)
-        if is_logged:
-            line = self.interval.means() | {"learning_rate": values["learning_rate"]}
-            line |= {"train_seconds": self.run.train_seconds(), "skipped_steps": skipped}
-            line |= self.mfu_of(line["steps_per_second"], self.used)
-            self.used = self.used[-1:]
-            # Of the rows up to this step: those of the next have been read already.
-            line |= self.batches.counters((now - self.stage.begin) * config.train.batch_size)
-            # Not known from the plan, so of this process alone, and since the line before: lines
-            # add up after a resume.
-            line["unsupervised_records"] = self.unsupervised_read - self.unsupervised_told
-            self.unsupervised_told = self.unsupervised_read
-            line["peak_memory_gib"] = peak_memory_gib()
-            line |= self.run.phases.metrics()
-            self.interval = Interval()
-            self.writer.write(now, config.stage, line)
-            self.run.progress.update(now, config.stage, line)
+        return skipped
+
+    def _log(self, now: int, learning_rate: float, num_skipped: int) -> None:
+        """Writes and shows a line of the log, of the steps since the one before."""
+        config = self.stage.config
+        line = self.interval.means() | {"learning_rate": learning_rate}
+        line |= {"train_seconds": self.run.train_seconds(), "skipped_steps": num_skipped}
+        line |= self.mfu_of(line["steps_per_second"], self.used)
+        self.used = self.used[-1:]
+        # Of the rows up to this step: those of the next have been read already.
+        line |= self.batches.counters((now - self.stage.begin) * config.train.batch_size)
+        # Not known from the plan, so of this process alone, and since the line before: lines add up
+        # after a resume.
+        line["unsupervised_records"] = self.unsupervised_read - self.unsupervised_told
+        self.unsupervised_told = self.unsupervised_read
+        line["peak_memory_gib"] = peak_memory_gib()
+        line |= self.run.phases.metrics()
+        self.interval = Interval()
+        self.writer.write(now, config.stage, line)
+        self.run.progress.update(now, config.stage, line)
 
     def _evaluate(self, live: TrainState, now: int, names: Sequence[str]) -> float | None:
         """Measures and logs; returns the answer loss of validation, or None where there is none.

@@ -66,7 +66,7 @@ def make_train_step(
     trainable: set[str],
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
-    lora_alpha: float = lora.OFF.alpha,
+    lora_alpha: float | None = None,
 ) -> TrainStep:
     """Returns step(state, batch) -> (state, metrics).
 
@@ -79,7 +79,7 @@ def make_train_step(
     Args:
       tx: the optimizer, whose state covers what is trained alone.
       schedule: the learning rate by the number of updates, for the metrics; `tx` has its own.
-      lora_alpha: of `config.LoraConfig`; of use where parameters have factors.
+      lora_alpha: of `config.LoraConfig`; must be given where parameters have factors.
     """
 
     def train_step(old: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, Metrics]:
@@ -166,7 +166,7 @@ def make_eval_step(model: vlm.VLM, train: TrainConfig) -> EvalStep:
     return eval_step
 
 
-def effective_params(model: vlm.VLM, params: Params, lora_alpha: float) -> Params:
+def effective_params(model: vlm.VLM, params: Params, lora_alpha: float | None) -> Params:
     """Returns the parameters that the model computes with: those of the state, factors of LoRA
     merged into their kernels."""
     # In the type that the kernel would be cast to at its use: half the memory in bfloat16.
@@ -178,7 +178,7 @@ def whole_loss(
     train: TrainConfig,
     params: Params,
     batch: Mapping[str, Array],
-    lora_alpha: float = lora.OFF.alpha,
+    lora_alpha: float | None = None,
 ) -> Float[Array, ""]:
     """Returns the loss of a batch that is one microbatch: what a training step minimises."""
     params = effective_params(model, params, lora_alpha)

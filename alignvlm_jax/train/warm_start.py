@@ -110,7 +110,7 @@ def start_params(
         params = state.merge(params, state.init_params(model, abstract.params, initialised, rng))
     # Where nothing was loaded, `init_params` has made these of the LLM that it drew.
     if loaded:
-        params = from_llm(model.config, params, abstract.params, initialised, alpha)
+        params = remake_llm_derived(model.config, params, abstract.params, initialised, alpha)
     ending = state.flatten(factors).keys()
     used = loaded | ending
     groups = {
@@ -170,22 +170,22 @@ def loadable(
     return chosen
 
 
-def from_llm(
+def remake_llm_derived(
     model: ModelConfig,
     params: Params,
     abstract: Params,
     paths: Collection[str],
-    lora_alpha: float = lora_lib.OFF.alpha,
+    lora_alpha: float | None = None,
 ) -> Params:
     """Returns params with those at `paths` that start from the LLM made of the LLM in them, factors
     of LoRA with it, on the shardings of `abstract`; the rest is untouched."""
-    made = vlm.from_llm_paths(model, params["llm"]).intersection(paths)
+    made = vlm.llm_derived_paths(model, params["llm"]).intersection(paths)
     if not made:
         return params
     wanted = state.flatten(abstract)
 
     def make(params: Params) -> dict[str, Array]:
-        new = vlm.from_llm(model, lora_lib.merged(params, lora_alpha, model)["llm"])
+        new = vlm.llm_derived(model, lora_lib.merged(params, lora_alpha, model)["llm"])
         # Of the type that the stage holds it in: the LLM may be frozen, in bfloat16.
         return {path: new[path].astype(wanted[path].dtype) for path in made}
 

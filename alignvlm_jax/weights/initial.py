@@ -133,15 +133,15 @@ def _params(
     # Both towers were checked: no complaint about the second comes after the first was read.
     leaves = load.load_tower(vision, wanted) | load.load_tower(llm, wanted)
     initialised = wanted.keys() - leaves.keys()
-    from_llm = initialised & vlm.from_llm_paths(model.config, abstract["llm"])
+    derived = initialised & vlm.llm_derived_paths(model.config, abstract["llm"])
     # What starts from the LLM is made below, of the LLM that was loaded and not of one just drawn.
-    initialised_params = state.init_params(model, abstract, initialised - from_llm, rng)
+    initialised_params = state.init_params(model, abstract, initialised - derived, rng)
     params = state.merge(state.unflatten(leaves), initialised_params)
     # In the precision of the LLM's file: a copy of its head in float32 would hold nothing more.
-    made = jax.eval_shape(functools.partial(vlm.from_llm, model.config), params["llm"])
-    half = {path: wanted[path].update(dtype=made[path].dtype) for path in from_llm}
+    made = jax.eval_shape(functools.partial(vlm.llm_derived, model.config), params["llm"])
+    half = {path: wanted[path].update(dtype=made[path].dtype) for path in derived}
     abstract = state.merge(abstract, state.unflatten(half))
-    params = warm_start.from_llm(model.config, params, abstract, initialised)
+    params = warm_start.remake_llm_derived(model.config, params, abstract, initialised)
     shapes = {path: x.shape for path, x in wanted.items()}
     groups = {
         "loaded": {path: shapes[path] for path in shapes if not path.startswith("connector/")},

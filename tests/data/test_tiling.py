@@ -323,6 +323,26 @@ def test_a_page_that_does_not_fit_is_told_with_its_tokens(lines_config, tokenize
         wide.prompt(record(), "Who?" * 200)
 
 
+def test_how_high_words_are_in_the_tiles_that_show_them(lines_config):
+    image, lines = page()
+    blank = (Word(" ", (0.0, 0.0, 9.0, 900.0)),)
+    vision = lines_config.model.vision
+    data = dataclasses.replace(lines_config.data, max_tiles=40)
+    for most, overview in ((1, False), (6, False), (6, True)):
+        grid = DataConfig(max_tiles=most, use_overview=overview)
+        tiles = tiling.tile_page(image, vision, grid)
+        heights = tiling.word_heights([tiles], [(*lines, blank)])
+        assert len(heights) == sum(map(len, lines))
+        scales = tiles.scales[:, 1]
+        assert {round(height, 3) for height in heights} <= {
+            round(18 * x, 3) for x in scales.tolist()
+        }
+        assert max(heights) == pytest.approx(18 * scales.max())
+    cut = tiling.tile_page(image, vision, data)
+    heights = tiling.word_heights([cut], [lines])
+    assert len(heights) == sum(map(len, lines)) and 10 < np.median(heights) < 20
+
+
 def test_the_size_at_which_a_page_is_seen_is_that_of_its_lines(lines_config):
     image, _ = page(size=36)
     vision = lines_config.model.vision

@@ -300,7 +300,7 @@ def test_w2_random(mesh, config):
         config, model=dataclasses.replace(config.model, connector=connector)
     )
     w2, head = init_w2_and_head(mesh, config)
-    assert not vlm.from_llm_paths(config.model, {})
+    assert not vlm.llm_derived_paths(config.model, {})
     assert abs(np.corrcoef(np.ravel(w2), np.ravel(head))[0, 1]) < 0.3
     assert np.std(w2) == pytest.approx(config.model.llm.width**-0.5, rel=0.2)
 
@@ -316,7 +316,7 @@ def test_w2_is_copied_again(config):
             model, vlm.abstract_batch(config.model, config.data, config.train.batch_size)
         ),
     )
-    copied = vlm.init_from_llm(config.model, params)
+    copied = vlm.with_llm_derived(config.model, params)
     head = params["llm"]["head"]["kernel"]
     w2 = copied["connector"]["w2"]["kernel"]
     np.testing.assert_array_equal(w2, head)
@@ -332,7 +332,7 @@ def test_a_head_of_another_size(config):
     )
     params["llm"]["embed"]["table"] = np.zeros((30, 16), np.float32)
     with pytest.raises(UserError, match=r"\(16, 32\).*\(16, 30\)"):
-        vlm.init_from_llm(config.model, params)
+        vlm.with_llm_derived(config.model, params)
 
 
 def test_unknown_connector_names_the_nearest():

@@ -18,6 +18,7 @@ import pytest
 
 from alignvlm_jax.benchmarks.generation_eval import GENERATION
 from alignvlm_jax.config import MeshConfig
+from alignvlm_jax.data import prepared
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.plan import hardware
 from alignvlm_jax.train import goodput, loop, step
@@ -333,7 +334,7 @@ def test_other_data_are_refused(straight, tmp_path, monkeypatch):
     shutil.copytree(straight, workdir)
     for other in (5, 6, 7, 8):
         shutil.rmtree(workdir / "checkpoints" / str(other), ignore_errors=True)
-    monkeypatch.setattr(loop.prepared, "_fingerprint", lambda *_: "other")
+    monkeypatch.setattr(prepared, "_fingerprint", lambda *_: "other")
     with pytest.raises(
         UserError, match=r"was trained on data of fingerprint \w{8}, that of data is other"
     ):

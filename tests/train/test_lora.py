@@ -15,7 +15,7 @@ from alignvlm_jax.models import vlm
 from alignvlm_jax.models.layers import Einsum
 from alignvlm_jax.parallel import mesh as mesh_lib
 from alignvlm_jax.plan import flops
-from alignvlm_jax.train import lora, state
+from alignvlm_jax.train import lora, state, step
 from tests.conftest import random_batch, tiny_connector
 from tests.train.lora_states import ALL, LORA, Q, abstract_of, drawn, with_lora
 
@@ -91,6 +91,13 @@ def test_merged_logits_are_those_of_factors_beside_their_kernels(mesh):
     base = {name: tree for name, tree in params.items() if name != "lora"}
     before = model.apply({"params": base}, batch).logits
     assert np.abs(np.asarray(before - expected)).max() > 1e-3
+
+
+def test_factors_are_not_merged_by_an_alpha_that_nobody_gave(mesh):
+    config = with_lora()
+    params = drawn(abstract_of(config, mesh).params)
+    with pytest.raises(ValueError, match="no lora_alpha was given"):
+        step.whole_loss(vlm.VLM(config.model), config.train, params, {})
 
 
 def test_factors_start_as_peft_has_them(mesh):

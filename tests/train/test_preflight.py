@@ -1,8 +1,8 @@
 """What a run refuses before anything is compiled, beyond what tests/train/test_loop.py tries."""
 
 import dataclasses
+import pathlib
 import re
-import types
 
 import pytest
 
@@ -10,7 +10,7 @@ from alignvlm_jax.config import renamed
 from alignvlm_jax.data import shards
 from alignvlm_jax.data.tokenizers.base import ChatFiles
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.train import loop, preflight
+from alignvlm_jax.train import preflight, restore
 from tests.conftest import tiny_config
 
 
@@ -57,6 +57,27 @@ def test_a_stage_of_words_is_refused_pages_without_them(demo_config, tmp_path, m
     assert preflight.open_stages((demo_config,))
 
 
+def test_pages_whose_words_are_too_small_to_be_read_are_told(demo_config, capsys):
+    """As an A4 page that is one tile, of which a run would learn nothing, without a word."""
+    preflight.open_stages((demo_config,))
+    assert capsys.readouterr().err == ""
+    vision = dataclasses.replace(
+        demo_config.model.vision, tile_height=16, tile_width=16, patch_height=8, patch_width=8
+    )
+    model = dataclasses.replace(demo_config.model, vision=vision)
+    small = dataclasses.replace(demo_config, model=model)
+    preflight.open_stages((small,))
+    told = capsys.readouterr().err
+    assert re.search(
+        r"stage 'train': words in \S+ are [0-4]\.\d pixels high in its tiles, and below 5 few can "
+        r"be read: config\.data\.record_tiles is \d+, of 16 x 16 pixels\n",
+        told,
+    )
+    blind = dataclasses.replace(small.train, visual_source="oracle", trainable=("llm/.*",))
+    preflight.open_stages((dataclasses.replace(small, train=blind),))
+    assert capsys.readouterr().err == ""
+
+
 def test_the_seconds_of_a_step_grow_with_its_tokens(monkeypatch):
     """SmolLM2 and DINOv2 on two cores: one tile and 1,024 tokens take seconds, a batch of long
     sequences takes minutes."""
@@ -75,14 +96,12 @@ def test_the_seconds_of_a_step_grow_with_its_tokens(monkeypatch):
 @pytest.mark.parametrize("template", ["", "{{ messages }}"])
 @pytest.mark.parametrize("is_old", [False, True])
 def test_a_run_from_before_templates_does_not_go_on_by_one(template, is_old):
-    run = types.SimpleNamespace(folder="runs/old")
     files = ChatFiles("tokenizer_config.json", template=template)
-    opened = types.SimpleNamespace(tokenizer=types.SimpleNamespace(chat_files=files))
     old, new = next(iter(renamed.FIELDS.items()))
     group, _, name = (old if is_old else new).partition(".")
     metadata = {"config": [{"stage": "a", group: {name: 1}}]}
     if not (template and is_old):
-        loop._check_chat(run, opened, metadata)
+        restore.check_chat(pathlib.Path("runs/old"), files, metadata)
         return
     with pytest.raises(UserError, match=r"runs/old was trained .*, and tokenizer_config\.json has"):
-        loop._check_chat(run, opened, metadata)
+        restore.check_chat(pathlib.Path("runs/old"), files, metadata)

@@ -98,7 +98,7 @@ def test_initial_parameters_are_bit_for_bit_those_over_a_batch_of_the_stage(conf
 
         def over_the_stages_batch(rng: jax.Array) -> state.Params:
             params = model.init(rng, random_batch(config))["params"]
-            return sharding.unbox(vlm.init_from_llm(config.model, params))
+            return sharding.unbox(vlm.with_llm_derived(config.model, params))
 
         shardings = state.shardings_of(abstract)
         large = jax.jit(over_the_stages_batch, out_shardings=shardings)(rng)

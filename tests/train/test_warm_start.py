@@ -125,7 +125,11 @@ def test_what_one_process_may_fail_to_read_is_agreed_on_before_anything_is_compu
     order: list[str] = []
     for name in ("init_params", "init_opt_state"):
         monkeypatch.setattr(state, name, noting(order, name, getattr(state, name)))
-    monkeypatch.setattr(warm_start, "from_llm", noting(order, "from_llm", warm_start.from_llm))
+    monkeypatch.setattr(
+        warm_start,
+        "remake_llm_derived",
+        noting(order, "remake_llm_derived", warm_start.remake_llm_derived),
+    )
     monkeypatch.setattr(restore, "agreed", lambda read: (read(), order.append("agreed"))[0])
     with (
         mesh_lib.use(mesh_lib.make_mesh(config.mesh, config.model, config.train)) as mesh,
@@ -136,7 +140,7 @@ def test_what_one_process_may_fail_to_read_is_agreed_on_before_anything_is_compu
         run = types.SimpleNamespace(checkpoints=checkpoints, earlier_seconds=0.0, progress=progress)
         stage = loop.Stage(0, config, STEP, STEP + 1)
         loop._start(run, stage, None, STEP, model, tx, abstract)
-    assert order == ["agreed", "init_params", "from_llm", "init_opt_state"]
+    assert order == ["agreed", "init_params", "remake_llm_derived", "init_opt_state"]
 
 
 def noting(order: list[str], name: str, function):

@@ -32,7 +32,7 @@ keeps in the place of its likeliest, int [P, k]; -1 is none. It is no parameter 
 
 class PatchLabels(NamedTuple):
     """The tokens that each patch shows, and their fractions of it: the labels of patch-token
-    supervision (README, "Two ideas beyond the paper")."""
+    supervision (docs/training.md, "Patch labels")."""
 
     ids: Int[Array, "N k"]
     weights: Float[Array, "N k"]
@@ -146,7 +146,7 @@ class Connector(nn.Module):
         """Returns the connector's parameters that start as a function of the LLM's, as a subtree of
         its own parameters; by default none.
 
-        `vlm.from_llm` calls it on the LLM as initialised, and again on an LLM that was loaded.
+        `vlm.llm_derived` calls it on the LLM as initialised, and again on an LLM that was loaded.
         """
         return {}
 
