@@ -15,7 +15,7 @@ export JAX_PLATFORMS ?= cpu
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 WEIGHTS ?= weights/smollm2
-# Of `make reader`: cpu, two cores, or gpu.
+# Of `make reader`: cpu, two cores, or gpu, with requirements-gpu.txt installed.
 HARDWARE ?= cpu
 PARITY := .venv-parity
 BEAM := .venv-beam
@@ -134,13 +134,16 @@ $(MANUALS):
 	rm -r $@.tmp/all $@.tmp/*.deb
 	mv $@.tmp $@
 
+ifeq ($(HARDWARE),gpu)
+reader: export JAX_PLATFORMS = cuda
+endif
 reader: weights $(MANUALS)  ## a small reader of real pages on SmolLM2: data, training, evaluation, report (two hours on two cores)
 	$(BIN)/python -m alignvlm_jax prepare --format=pdf --source=$(MANUALS)/train --out=data/manuals \
 	  --tokenizer=$(WEIGHTS)/tokenizer --questions=none --dpi=100 --holdout_by=page
 	$(BIN)/python -m alignvlm_jax prepare --format=pdf --source=$(MANUALS)/unseen --out=data/manuals-unseen \
 	  --tokenizer=$(WEIGHTS)/tokenizer --questions=none --dpi=100 --split=unseen
 	$(BIN)/python -m alignvlm_jax prepare --format=crops --source=data/manuals --unseen=data/manuals-unseen --out=$(READER_DATA)
-	$(BIN)/python -m alignvlm_jax train --config=configs/reader.py:$(HARDWARE) --workdir=$(READER) --config.data.dir=$(READER_DATA) --config.seed=$(SEED)
+	$(BIN)/python -m alignvlm_jax train --config=configs/reader.py:$(HARDWARE):$(WEIGHTS) --workdir=$(READER) --config.data.dir=$(READER_DATA) --config.seed=$(SEED)
 	$(BIN)/python -m alignvlm_jax evaluate --checkpoint=$(READER)
 	$(BIN)/python -m alignvlm_jax report --workdir=$(READER)
 

@@ -18,10 +18,15 @@ def get_config(folder: str) -> ml_collections.ConfigDict:
     """Returns the stages of `finetune` from the checkpoint in `folder`, with LoRA."""
     config = finetune.get_config(folder)
     config.name = "lora"
+    set_lora(config)
+    return config
+
+
+def set_lora(config: ml_collections.ConfigDict) -> None:
+    """Has all stages of a fine-tuning train the connector and LoRA's factors alone."""
     config.lora.rank = 16
     config.train.trainable = ("connector/.*",)
     for stage in config.stages.values():
         stage.train = {"num_steps": stage.train.num_steps}
         # Factors and connector bear the same rate, in both stages.
         stage.optim = {}
-    return config

@@ -15,7 +15,7 @@ schedule, warm-up, weight decay, precision, or number of image tokens; these are
     AdamW 0.9, 0.95, decay 0.1, clip 1  usual for Llamas of this size
     warm-up 3 %, cosine to 0            LLaVA's, on which the paper's low-resource study is built
     bfloat16 compute, float32 masters   what TPUs are made for
-    patch-token weight 0                the paper as it is; README, "Two ideas beyond the paper"
+    patch-token weight 0                the paper as it is; docs/training.md, "Patch labels"
 """
 
 import dataclasses
@@ -25,7 +25,6 @@ import ml_collections
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import presets
-from alignvlm_jax.configs import demo
 from alignvlm_jax.errors import nearest
 
 MAX_TILES = 9 + 1  # and the overview
@@ -126,8 +125,6 @@ def set_model(config: ml_collections.ConfigDict, llm: str) -> None:
     config.mesh.data = -1
     config.mesh.fsdp = -1
     config.mesh.tensor = -1
-    # Not the paper's benchmarks, which are tasks of `evaluate --tasks`.
-    config.eval.splits = demo.SPLITS
 
 
 def set_packing(config: ml_collections.ConfigDict, seq_len: int) -> None:

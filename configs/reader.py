@@ -13,7 +13,8 @@ A page is cut by its text lines. Each is scaled to a height of 16 pixels, at whi
 pixels shows a letter of text of any size, and blank patches do not reach the language model. A
 tenth of the records have no image, so that it goes on writing text as before.
 
-`--config=reader:gpu` is the same recipe for one accelerator, with larger batches and more steps.
+`--config=reader:gpu` is the same recipe for one accelerator, with larger batches and more steps;
+`--config=reader:cpu:FOLDER` starts from other weights.
 """
 
 import ml_collections
@@ -31,12 +32,14 @@ SPLITS = ("crops", *KINDS, *(f"{kind}_unseen_faces" for kind in KINDS))
 """The splits that `prepare --format=crops` makes of manuals that no training page is of."""
 
 
-def get_config(hardware: str = "cpu") -> ml_collections.ConfigDict:
-    """Returns the stages for "cpu", two cores, or for "gpu", one accelerator."""
+def get_config(hardware_and_weights: str = "cpu") -> ml_collections.ConfigDict:
+    """Returns the stages for "cpu", two cores, or for "gpu", one accelerator; after a colon from
+    the weights in a folder, as "cpu:weights/other"."""
+    hardware, _, weights = hardware_and_weights.partition(":")
     if hardware not in ("cpu", "gpu"):
         raise ValueError(f"reader:{hardware} is not known; there are reader:cpu and reader:gpu")
     is_large = hardware == "gpu"
-    config = finetune.get_config(WEIGHTS)
+    config = finetune.get_config(weights or WEIGHTS)
     config.name = "reader"
     config_lib.set_preset(config.model.vision, presets.VISION["lines"])
     # CPUs with instructions for it multiply twice as fast, too.

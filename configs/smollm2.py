@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct and DINOv2 ViT-S/14, joined by ALIGN.
 
 `make weights` puts them into weights/smollm2. For one accelerator, or a few; on a laptop a step
-takes tens of seconds.
+takes a minute.
 """
 
 import ml_collections

@@ -12,7 +12,7 @@ learns.
 
 import ml_collections
 
-from alignvlm_jax.configs import documents
+from alignvlm_jax.configs import documents, finetune
 
 
 def get_config(folder: str = "weights/smollm2") -> ml_collections.ConfigDict:
@@ -24,7 +24,7 @@ def get_config(folder: str = "weights/smollm2") -> ml_collections.ConfigDict:
     config.model.remat = "none"
     config.data.record_tiles = 1
     config.data.max_tiles = 1
-    config.data.seq_len = 1_024
+    config.data.seq_len = finetune.packed_length(folder, 1, 768)
     config.train.batch_size = 1
     config.train.num_steps = 15
     config.train.trainable = ("connector/.*",)

@@ -50,6 +50,12 @@ def test_what_it_measures_and_cuts_is_what_its_data_set_has(weights):
     )
 
 
+def test_it_starts_from_the_weights_that_are_named(weights, tmp_path):
+    other = weights.rename(tmp_path / "other")
+    for stage in config_lib.from_config_dict(reader.get_config(f"gpu:{other}")):
+        assert stage.init_from == str(other)
+
+
 def test_other_hardware_and_missing_weights_are_said(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"^reader:tpu is not known; there are reader:cpu and rea"):
         reader.get_config("tpu")

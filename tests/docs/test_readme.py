@@ -30,7 +30,7 @@ from tests.ingest.formats.pdf import make_pdf
 
 ROOT = Path(__file__).parents[2]
 GUIDES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
-MAX_LINES = 200
+MAX_LINES = 220
 SMALL = {
     "noise": ["--num_questions=2", "--sigmas=1"],
     "inspect --config": ["--num_sequences=2"],

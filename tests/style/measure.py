@@ -97,6 +97,7 @@ def measure() -> dict[str, float]:
             len(known[name]) == 1 for name in small
         ),
         "longest file, lines": max(len(text.splitlines()) for text in modules.values()),
+        "longest function, lines": max(one.end_lineno - one.lineno + 1 for one in functions),
         "functions that take the whole Config": sum(map(takes_config, functions)),
         "comment lines": sum(map(num_comment_lines, modules.values())) / len(lines),
         "lines over 100 columns": sum(len(line) > COLUMNS for line in lines) / len(lines),
