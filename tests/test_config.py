@@ -1046,7 +1046,9 @@ def test_lora_is_a_group_whose_targets_are_one_pattern_or_several():
         config_lib.from_config_dict(config_dict)
 
 
-NEED_WEIGHTS = ("finetune", "lora", "smollm2", "documents", "trial", "reader")
+NEED_WEIGHTS = (
+    "finetune", "lora", "smollm2", "documents", "documents_lora", "trial", "reader",
+)  # fmt: skip
 """Tested with a converted model, in tests/commands/test_convert.py and tests/configs."""
 
 

@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
@@ -25,6 +26,8 @@ EXIF_OF_PNG = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 SIXTEEN_BITS = ("PPM", "PNG")
 """File formats that have no wider integers, though Pillow opens some of them as such."""
 NEW_SUBFILE_TYPE = 254
+BITS_PER_SAMPLE = 258
+PHOTOMETRIC = 262  # 0 where 0 is white
 REDUCED = 1
 """Bit of a TIFF frame's kind: it is another one at a lower resolution."""
 UPRIGHT = {
@@ -69,22 +72,15 @@ def decode_image(data: bytes, name: str, page: int = 1) -> Image.Image:
     Raises:
       UserError: the file cannot be read, or has no such page; the message has `name`.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            # Before the pixels: `seek` leaves those of the page before.
-            if page != 1:
-                frames = page_frames(image)
-                if not 1 <= page <= len(frames):
-                    has = f"its pages are 1 to {len(frames)}" if frames[1:] else "it is an image"
-                    raise UserError(f"{name} has no page {page}: {has}")
-                image.seek(frames[page - 1])
-            return as_rgb(image)
-    except UnidentifiedImageError as err:
-        raise UserError(f"cannot read image {name}: no known image format") from err
-    except BAD_IMAGE as err:
-        raise UserError(
-            f"cannot read image {name}: {' '.join(str(err).split()) or type(err).__name__}"
-        ) from err
+    with _opened(data, name) as image:
+        # Before the pixels: `seek` leaves those of the page before.
+        if page != 1:
+            frames = page_frames(image)
+            if not 1 <= page <= len(frames):
+                has = f"its pages are 1 to {len(frames)}" if frames[1:] else "it is an image"
+                raise UserError(f"{name} has no page {page}: {has}")
+            image.seek(frames[page - 1])
+        return as_rgb(image)
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:
@@ -93,22 +89,29 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
     Raises:
       UserError: the file cannot be read; the message has `name`.
     """
+    with _opened(data, name) as image:
+        width, height = image.size
+        # For a TIFF, Pillow's size already has the orientation in it; and of a PNG it decodes all
+        # pixels, to look for EXIF behind them.
+        has_exif = image.format != "TIFF" and (
+            image.format != "PNG" or any(place in data for place in EXIF_OF_PNG)
+        )
+        is_turned = has_exif and 5 <= _orientation(image) <= 8
+    return (width, height) if is_turned else (height, width)
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
+    """Opens an image file; what is wrong with it becomes a UserError, here and in the block."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            # For a TIFF, Pillow's size already has the orientation in it; and of a PNG it decodes
-            # all pixels, to look for EXIF behind them.
-            has_exif = image.format != "TIFF" and (
-                image.format != "PNG" or any(place in data for place in EXIF_OF_PNG)
-            )
-            is_turned = has_exif and 5 <= _orientation(image) <= 8
+            yield image
     except UnidentifiedImageError as err:
         raise UserError(f"cannot read image {name}: no known image format") from err
     except BAD_IMAGE as err:
         raise UserError(
             f"cannot read image {name}: {' '.join(str(err).split()) or type(err).__name__}"
         ) from err
-    return (width, height) if is_turned else (height, width)
 
 
 def page_frames(image: Image.Image) -> list[int]:
@@ -167,7 +170,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """Returns an image in memory as `decode_image` returns that of a file."""
     # Pillow turns a TIFF as it loads it; until then its EXIF says otherwise.
     image.load()
-    return _to_rgb(_upright(image), image.format)
+    return _to_rgb(_upright(image), image.format, getattr(image, "tag_v2", {}))
 
 
 def choose_grids(
@@ -316,9 +319,9 @@ def _gray_of_floats(image: Image.Image) -> np.ndarray:
     return levels
 
 
-def _gray_of_integers(image: Image.Image, file_format: str | None) -> np.ndarray:
+def _gray_of_integers(image: Image.Image, file_format: str | None, bits: int) -> np.ndarray:
     """Returns the gray levels of an image of 32-bit integers, uint8 [Y, X]: as they are up to 255,
-    and up to 65,535 the upper byte of 16 bits, which those of `SIXTEEN_BITS` always have.
+    and up to 65,535 the upper byte of so many bits, which those of `SIXTEEN_BITS` always have.
 
     Raises:
       UserError: a level is outside of these.
@@ -333,27 +336,31 @@ def _gray_of_integers(image: Image.Image, file_format: str | None) -> np.ndarray
             "to 65535"
         )
     has_8_bits = most <= 255 and file_format not in SIXTEEN_BITS
-    return (levels if has_8_bits else levels >> 8).astype(np.uint8)
+    return (levels if has_8_bits else levels >> (bits - 8)).astype(np.uint8)
 
 
-def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
-    """Returns an image of any mode, from a file of this format, as RGB.
+def _to_rgb(image: Image.Image, file_format: str | None, tags: Mapping[int, Any]) -> Image.Image:
+    """Returns an image of any mode, from a file of this format and with these tags, as RGB.
 
     Pillow's own conversion would clip 16-bit gray to 8 bits and compose transparency on black.
     """
-    if image.mode.startswith("I;16"):
-        # The upper of two bytes.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode == "I":
-        image = Image.fromarray(_gray_of_integers(image, file_format))
+    if image.mode == "F" or image.mode.startswith("I"):
+        [bits, *_] = tags.get(BITS_PER_SAMPLE, (16,))
+        if image.mode == "F":
+            levels = (_gray_of_floats(image) * 255).astype(np.uint8)
+        elif image.mode == "I":
+            # Signed numbers of 16 bits have 15 for their levels.
+            levels = _gray_of_integers(image, file_format, 15 if bits == 16 and tags else 16)
+        else:
+            # Of 16 bits the upper byte; a TIFF may have 12.
+            levels = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+        # Where 0 is white, Pillow inverts 8 bits and less alone.
+        image = Image.fromarray(255 - levels if tags.get(PHOTOMETRIC) == 0 else levels)
     elif image.mode in PREMULTIPLIED:
         image = image.convert(PREMULTIPLIED[image.mode])
-    elif image.mode == "F":
-        image = Image.fromarray((_gray_of_floats(image) * 255).astype(np.uint8))
     if image.mode == "RGBA" or "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     # convert copies even an RGB image.
     return image if image.mode == "RGB" else image.convert("RGB")
 

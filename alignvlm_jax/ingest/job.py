@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import time
 import zlib
@@ -29,7 +28,7 @@ from alignvlm_jax.ingest.formats import survey
 from alignvlm_jax.ingest.formats.base import Unit
 from alignvlm_jax.ingest.writer import Request, UnitOutput, UnitWriter
 
-VERSION = 4
+VERSION = 5
 """Version of the records, raised with every change to them so that `prepare` writes them anew."""
 
 Runner = Callable[[UnitWriter, list[tuple[int, Unit]]], None]
@@ -58,6 +57,7 @@ def prepare(request: Request, out: Path, run: Runner, overwrite: bool = False) -
         return False
     if not overwrite:
         staging.check_flags(out, wanted, request.splits)
+        staging.check_tokenizer(out, request.splits, request.tokenizer)
     folder = staging.partial_folder(out, wanted)
     # It lists the files to publish. Once it is there, `finish` must not run again: some files may
     # have moved to `out` already.
@@ -159,13 +159,7 @@ def _units(request: Request, out: Path) -> list[Unit]:
       UserError: `out` is the source itself.
     """
     units = request.format.units(request.source)
-    source = Path(request.source)
-    # Not Path.resolve, which a link to itself ends.
-    if source.is_dir() and os.path.realpath(out) == os.path.realpath(source):
-        raise UserError(
-            f"--out={out} is --source itself, all of which is read; name another folder, beside "
-            "it or within"
-        )
+    staging.check_out(out, source=request.source)
     kept, prepared = survey.without_prepared(request.source, out, (unit.path for unit in units))
     for folder in prepared:
         logs.say(f"{folder} is what prepare wrote: it is left out of the source")

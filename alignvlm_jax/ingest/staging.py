@@ -24,6 +24,12 @@ COUNTS = "counts.json"
 """Numbers of records: those rejected by reason, all of them, and those that share their images."""
 IMAGES = "images.jsonl"
 """Local images that records name, with their `files.version` when they were read."""
+OTHERS = "others"
+"""Field of a description: those of the jobs that wrote the folder's other splits, by split."""
+MAKERS = ".makers.json"
+"""The descriptions of all splits of before, in a staging folder whose files move into place."""
+WITHOUT_SPLIT = ("train", "validation")
+"""The splits of a job whose description names none."""
 NO_FLAGS = ("listing", "version", "perceptual_hash")
 """What of a description follows from the source and the code, not from flags."""
 DRAWN = ("rows.html", "records.html")
@@ -81,6 +87,7 @@ def is_ready(out: Path, wanted: dict[str, Any]) -> bool:
     found = description(out)
     # Known only after all was read, so that no job can want it.
     checksum = found.pop("images_read", None)
+    found.pop(OTHERS, None)
     try:
         return found == wanted and (checksum is None or not is_changed(out / IMAGES))
     except (OSError, ValueError):
@@ -106,31 +113,95 @@ def check_flags(out: Path, wanted: dict[str, Any], splits: Iterable[str]) -> Non
     Raises:
       UserError: other flags made what `out` holds; the message names them, and what to do.
     """
-    known = description(out)
-    # One description a folder: that of a job that wrote other splits says nothing of these.
-    if known.get("split", "") != wanted.get("split", ""):
+    makers = _makers(out)
+    # What a job has begun to move into place, it may finish.
+    if not makers or (_staging(out, wanted) / MAKERS).exists():
         return
-    changed = [
+    held = [split for split in splits if shards_lib.shard_paths(out, split)]
+    for split in held:
+        known = makers.get(split, {})
+        changed = _changed(known, wanted)
+        if known and not changed:
+            continue
+        sizes = _sizes(out, (one for one in held if makers.get(one, {}) == known))
+        before, now = (" ".join(_flag(of, name) for name in changed) for of in (known, wanted))
+        fault = f"holds {sizes} records of a job whose flags are not kept: this command"
+        if known:
+            fault = f"was prepared with {before} ({sizes} records), and this command has {now}: it"
+        hint = "`prepare --recount` counts the tokens of another tokenizer, and moves no record"
+        raise UserError(
+            f"{out} {fault} would write all anew, and what was trained on may become what is held "
+            "out; give another --out, or --overwrite" + f"; {hint}" * (changed == ["tokenizer"])
+        )
+
+
+def _changed(known: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Returns the fields in which two descriptions differ by their flags."""
+    return [
         name
         for name in wanted
         if name in known and name not in NO_FLAGS and _flag(known, name) != _flag(wanted, name)
     ]
-    if not changed:
+
+
+def check_tokenizer(out: Path, splits: Collection[str], tokenizer: str | Path) -> None:
+    """Checks that a job of `splits` leaves the others of a folder the tokenizer they have.
+
+    Raises:
+      UserError: there are others, and this is another one.
+    """
+    others = _others(out, splits)
+    if not others or not any((out / name).exists() for name in tokenizers.NAMES):
         return
-    before, now = (" ".join(_flag(of, name) for name in changed) for of in (known, wanted))
-    sizes = ", ".join(
-        f"{split} {len(shards_lib.RecordSource(out, split)):,}"
-        for split in splits
-        if shards_lib.shard_paths(out, split)
-    )
-    hint = ""
-    if changed == ["tokenizer"]:
-        hint = "; `prepare --recount` counts the tokens of another tokenizer, and moves no record"
-    raise UserError(
-        f"{out} was prepared with {before} ({sizes} records), and this command has {now}: it would "
-        "write all anew, and what was trained on may become what is held out; give another --out, "
-        f"or --overwrite{hint}"
-    )
+    before, now = map(index.tokenizer_fingerprint, (out, tokenizer))
+    if before != now:
+        raise UserError(
+            f"{out} holds {_sizes(out, others)} records with a tokenizer of fingerprint "
+            f"{before:.8}, and this command would put another in its place, {now:.8}; take "
+            f"that of {out}, another --out, or --overwrite"
+        )
+
+
+def check_out(out: Path, **read: str) -> None:
+    """Checks that `out` is none of the folders that a job reads, given by their flags: it would
+    write over its own source.
+
+    Raises:
+      UserError: it is one of them, under this name or another.
+    """
+    for flag, folder in read.items():
+        # Not Path.resolve, which a link to itself ends.
+        if Path(folder).is_dir() and os.path.realpath(out) == os.path.realpath(folder):
+            raise UserError(
+                f"--out={out} is --{flag} itself, all of which is read; name another folder, "
+                "beside it or within"
+            )
+
+
+def _makers(out: Path) -> dict[str, dict[str, Any]]:
+    """Returns the descriptions of the jobs that wrote the splits of a folder, by split, as far as
+    they are known."""
+    found = description(out)
+    if not found:
+        # An interrupted `publish` has taken it away.
+        kept = next(out.glob(f"{PARTIAL}*/{MAKERS}"), None)
+        return json.loads(kept.read_text()) if kept else {}
+    others = found.pop(OTHERS, {})
+    names = shards_lib.split_names(path.name for path in out.glob("*"))
+    if "split" in found:
+        # Folders of before say of the last job alone what it was: of others nothing is known.
+        names = [found["split"]] if found["split"] else WITHOUT_SPLIT
+    return dict.fromkeys(names, found) | others
+
+
+def _others(out: Path, splits: Collection[str]) -> list[str]:
+    """Returns the splits of a folder that are none of `splits`."""
+    names = shards_lib.split_names(path.name for path in out.glob("*"))
+    return [split for split in names if split not in splits]
+
+
+def _sizes(out: Path, splits: Iterable[str]) -> str:
+    return ", ".join(f"{split} {len(shards_lib.RecordSource(out, split)):,}" for split in splits)
 
 
 def _flag(description: dict[str, Any], name: str) -> str:
@@ -143,6 +214,8 @@ def _flag(description: dict[str, Any], name: str) -> str:
         value = f"... (fingerprint {value:.8})"
     if name == "group_tokens" and not value:
         return "--no-group_by_image"
+    if name == "split" and not value:
+        return "no --split"
     if isinstance(value, bool):
         return f"--{'' if value else 'no-'}{name}"
     return f"--{name}={value}"
@@ -178,10 +251,14 @@ def partial_folder(out: Path, wanted: dict[str, Any]) -> Path:
       UserError: `out` is a file, or holds files that are none of `prepare`.
     """
     _check_is_ours(out)
-    # Within `out`, not in a temporary folder: os.replace works only on one file system.
-    folder = out / f"{PARTIAL}{zlib.crc32(json.dumps(wanted, sort_keys=True).encode()):08x}"
+    folder = _staging(out, wanted)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _staging(out: Path, wanted: dict[str, Any]) -> Path:
+    # Within `out`, not in a temporary folder: os.replace works only on one file system.
+    return out / f"{PARTIAL}{zlib.crc32(json.dumps(wanted, sort_keys=True).encode()):08x}"
 
 
 def _check_is_ours(out: Path) -> None:
@@ -215,12 +292,19 @@ def publish(
       wanted: the content of `prepare.json`, which is written last and says that the data is
         complete.
     """
+    names = {*names} - {MAKERS}
+    stay = _others(out, splits)
+    # A repeated call finds no prepare.json any more.
+    if not (ready / MAKERS).exists():
+        write_json(ready / MAKERS, _makers(out))
+    makers = json.loads((ready / MAKERS).read_text())
     # First of all: from here on the folder is neither the old data nor the new.
     (out / "prepare.json").unlink(missing_ok=True)
     shards = [path for split in splits for path in shards_lib.shard_paths(out, split)]
-    others = [
-        out / name for name in (REJECTED, COUNTS, IMAGES, *tokenizers.NAMES, tokenizers.CHAT_FORMAT)
-    ]
+    others = [out / name for name in (REJECTED, COUNTS, IMAGES)]
+    # Of a job without one, as of a reader's lines, the tokenizer stays with the splits that do.
+    if not stay or names & {*tokenizers.NAMES}:
+        others += [out / name for name in (*tokenizers.NAMES, tokenizers.CHAT_FORMAT)]
     others += [
         out / name
         for split in splits
@@ -241,6 +325,9 @@ def publish(
     # With it, data of other images have another fingerprint.
     if IMAGES in names:
         wanted = wanted | {"images_read": f"{zlib.crc32((out / IMAGES).read_bytes()):08x}"}
+    # The flags of each split are kept, so that none is written anew by others.
+    if stay:
+        wanted = wanted | {OTHERS: {split: makers.get(split, {}) for split in stay}}
     write_json(out / "prepare.json", wanted)
     # Last: a staging folder that is deleted halfway could not be resumed.
     for leftover in out.glob(f"{PARTIAL}*"):

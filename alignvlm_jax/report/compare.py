@@ -45,8 +45,8 @@ visual tokens are compared.
 """
 
 BETWEEN_SEEDS = ("seed", "init_from", *workdir.RESUMABLE_FIELDS)
-"""The fields, and patterns of fields, in which runs of a row may differ: one may start from what its
-own seed has trained before."""
+"""The fields, and patterns of fields, in which runs of a row may differ: one may start from what
+its own seed has trained before."""
 
 REACHED = 0.5
 """The ANLS up to which `Row.steps_to_read` counts the steps."""

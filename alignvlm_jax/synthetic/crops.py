@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from alignvlm_jax import presets
-from alignvlm_jax.data import images, tiling
+from alignvlm_jax.data import images, labels, tiling
 from alignvlm_jax.data.record import Box, Record, Word
 
 MAX_LINES = 5
@@ -42,7 +42,7 @@ def crop(page: Record, rng: np.random.Generator) -> Crop | None:
     All ink of a crop is within `OVERHANG` of its words' boxes, or a rule; each word has some.
     """
     image = images.decode_image(page.images[0], page.id).convert("L")
-    lines = page.lines[0]
+    lines = _upright(page.lines[0])
     for _ in range(TRIALS if lines else 0):
         start = int(rng.integers(len(lines)))
         column = _column(lines[start : start + MAX_LINES])
@@ -71,6 +71,34 @@ def num_lines(
     has_room = (tiles <= MAX_TILES) & (np.cumsum(list(lengths)) <= max_characters)
     most = max(1, int(has_room.sum()))
     return most if rng.random() < FULL else int(rng.integers(1, most + 1))
+
+
+def _upright(lines: Iterable[Line]) -> tuple[Line, ...]:
+    """Returns the lines that can be read as they stand on the page, without their blank words:
+    those with a turned word, as labels of axes are, and those without height are left out."""
+    kept = [tuple(word for word in line if word.text.strip()) for line in lines]
+    has_edges = any(word.edges is not None for line in kept for word in line)
+    return tuple(
+        line
+        for line in kept
+        if line and not any(_is_flat(word) or _is_turned(word, has_edges) for word in line)
+    )
+
+
+def _is_flat(word: Word) -> bool:
+    left, top, right, bottom = word.box
+    return right <= left or bottom <= top
+
+
+def _is_turned(word: Word, has_edges: bool) -> bool:
+    """Whether a word runs up or down the page, on which others have edges or not."""
+    if word.edges is not None:
+        return False
+    # A box of two letters does not tell; but a PDF has edges of all that run from left to right.
+    if len(word.text) < 3:
+        return has_edges and not labels.is_from_the_right(word.text)
+    left, top, right, bottom = word.box
+    return bottom - top > labels.VERTICAL * (right - left)
 
 
 def _width(line: Line) -> float:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from rich.progress import track
 
 from alignvlm_jax.data import shards as shards_lib
+from alignvlm_jax.data import tokenizers
 from alignvlm_jax.data.record import Record
 from alignvlm_jax.ingest import executors, staging
 
@@ -29,12 +30,14 @@ class DrawnSet:
       description: all that the records depend on, as prepare.json has it.
       open: returns what draws them, after a check of all that it needs.
       finish: called with the folder once all shards are there, for what else it holds.
+      reads: folders that the records are made of, by their flags.
     """
 
     sizes: Mapping[str, int]
     description: dict[str, Any]
     open: Callable[[], Draw]
     finish: Callable[[Path], None] = lambda folder: None
+    reads: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Shard(NamedTuple):
@@ -57,9 +60,10 @@ def prepare(out: Path, data: DrawnSet, num_workers: int, overwrite: bool = False
       overwrite: whether it may take the place of what other values made.
 
     Raises:
-      UserError: a package or a source is missing, other values made the folder, or a shard cannot
-        be written.
+      UserError: a package or a source is missing, `out` is one of the folders that are read, other
+        values made the folder, or a shard cannot be written.
     """
+    staging.check_out(out, **data.reads)
     if staging.is_ready(out, data.description):
         return False
     if not overwrite:
@@ -69,6 +73,8 @@ def prepare(out: Path, data: DrawnSet, num_workers: int, overwrite: bool = False
     folder = staging.partial_folder(out, data.description)
     _write_shards(folder, data.sizes, draw, num_workers)
     data.finish(folder)
+    if not overwrite and any((folder / name).exists() for name in tokenizers.NAMES):
+        staging.check_tokenizer(out, data.sizes, folder)
     staging.publish(out, folder, os.listdir(folder), data.sizes, data.description)
     return True
 

@@ -1,6 +1,7 @@
 """The data set of a small document reader: lines cropped out of real pages, and lines and tables
 that are drawn, with text of such pages."""
 
+import collections
 import dataclasses
 import functools
 import re
@@ -16,13 +17,14 @@ from alignvlm_jax.config import DataConfig
 from alignvlm_jax.data import filesystem, images, prepared, shards, text_lines, tiling
 from alignvlm_jax.data.record import Record, Turn
 from alignvlm_jax.data.tasks import TRANSCRIBE_QUESTION, transcription
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import UserError, counted
+from alignvlm_jax.ingest import exclude
 from alignvlm_jax.synthetic import crops, demonstration, fonts, snippets, values
 from alignvlm_jax.synthetic.drawn import Draw, DrawnSet
 from alignvlm_jax.synthetic.pages import Style
 from alignvlm_jax.synthetic.snippets import Snippet
 
-VERSION = 5
+VERSION = 6
 """Version of the records: raised with every change that changes them."""
 
 MIXTURE = {
@@ -71,6 +73,11 @@ TILES = DataConfig(max_tiles=crops.MAX_TILES, tiling="lines")
 """How the reader cuts a record into tiles, of which no record has more."""
 MAX_ATTEMPTS = 1000
 MAKE = "`prepare --format=pdf --questions=none --dpi=100` writes pages with their words"
+MIN_WORDS = 20
+"""Fewest words of a page that is looked for among others: what says little stands in many books."""
+MAX_SAME = 0.1
+"""Largest fraction of a document's pages whose words may stand in training: books of one publisher
+have a page about their licence in common."""
 CELL = re.compile(r"\w[\w.:/=@+-]{2,}\w")
 """Words that stand in tables: no brackets, which may have lost their other half."""
 MAX_TURNS = 6
@@ -116,37 +123,65 @@ def data_set(arguments: dict[str, Any]) -> DrawnSet:
         _check(source, unseen)
         return functools.partial(draw, arguments["seed"], source, unseen)
 
-    return DrawnSet(sizes, description, open_drawer)
+    reads = {"source": source, "unseen": unseen}
+    return DrawnSet(sizes, description, open_drawer, reads=reads)
 
 
 def _check(source: str, unseen: str) -> None:
     """Raises UserError unless both are folders of pages with words, of different documents."""
-    trained = _documents("--source", source, [split.pages for split in SPLITS.values()])
-    measured = _documents("--unseen", unseen, _splits(unseen))
-    if shared := sorted(trained & measured):
+    trained = _hashes("--source", source, [split.pages for split in SPLITS.values()])
+    measured = _hashes("--unseen", unseen, _splits(unseen))
+    known, others = (set(map(_document, pages)) for pages in (trained, measured))
+    why = "what is measured would have been trained on"
+    if shared := sorted(known & others):
         raise UserError(
-            f"--unseen={unseen} shares {len(shared)} of {len(measured)} documents with "
-            f"--source={source}, as {shared[0]}: what is measured would have been trained on"
+            f"--unseen={unseen} shares {len(shared)} of {len(others)} documents with "
+            f"--source={source}, as {shared[0]}: {why}"
+        )
+    # Of a folder above, or of a copy under another name, the ids are others.
+    names = {digest: page for page, digest in trained.items()}
+    sizes = collections.Counter(map(_document, measured))
+    same = [page for page in measured if measured[page] in names]
+    copied = {
+        document: count
+        for document, count in collections.Counter(map(_document, same)).items()
+        if count > MAX_SAME * sizes[document]
+    }
+    if copied:
+        first = next(page for page in same if _document(page) in copied)
+        count, size = (of[_document(first)] for of in (copied, sizes))
+        raise UserError(
+            f"--unseen={unseen} shares {len(copied)} of {counted(len(sizes), 'document')} with "
+            f"--source={source} by their words, as {count} of {counted(size, 'page')} of "
+            f"{_document(first)} ({first} is {names[measured[first]]} there): {why}"
         )
 
 
-def _documents(flag: str, folder: str, splits: Iterable[str]) -> set[str]:
-    """Returns the documents that the pages of a folder are of; raises UserError where it is not
-    what `prepare` writes of PDFs, or has pages without words."""
+def _document(page_id: str) -> str:
+    """Returns of "manual-0012" all but the page."""
+    return re.sub(r"-\d{4,}$", "", page_id)
+
+
+def _hashes(flag: str, folder: str, splits: Iterable[str]) -> dict[str, int]:
+    """Returns hashes of the words of the pages of a folder, by their ids, those of few words with a
+    hash of their own; raises UserError where it is not what `prepare` writes of PDFs, or has pages
+    without words."""
     if not prepared.description(folder):
         raise UserError(f"{flag}={folder} is no folder that `prepare` wrote; {MAKE}")
-    documents = set()
+    found = {}
     # All splits of pages but "", which is that of --unseen.
     for split in sorted({*splits} - {""}):
         # One at a time: the words of all pages take a gigabyte.
         for page in shards.RecordSource(folder, split):
-            if not transcription(page):
+            words = transcription(page).split()
+            if not words:
                 raise UserError(
                     f"{flag}={folder}: page {page.id} of split {split} has no words; {MAKE}"
                 )
-            # Of "manual-0012" all but the page.
-            documents.add(re.sub(r"-\d{4,}$", "", page.id))
-    return documents
+            # Not the images: another resolution makes others of the same page.
+            content = " ".join(words) if len(words) >= MIN_WORDS else f"{flag} {page.id}"
+            found[page.id] = exclude.hash_of(content.encode())
+    return found
 
 
 def _splits(folder: str) -> list[str]:
@@ -225,12 +260,18 @@ def _continuation(page: Record, rng: np.random.Generator) -> Turn | None:
 
 
 def _fits(kind: str, drawn: Snippet) -> bool:
-    """Whether the reader cuts a record into the tiles that it may have, and what was drawn into one
-    line for each of its own."""
+    """Whether the reader cuts a record into the tiles that it may have, which show each of its
+    words, and what was drawn into one line for each of its own."""
     image, lines = drawn
     page = images.as_rgb(image)
+    found = text_lines.find(page)
     # Real pages stay as they are, with lines that are found as two: a reader meets them.
-    if kind != "crop" and len(text_lines.find(page)) != len(lines):
+    if kind != "crop" and len(found) != len(lines):
+        return False
+    # Faint words are found in no line, and nor are underscores at its end: no tile shows them.
+    boxes = np.array([word.box for line in lines for word in line]).reshape(-1, 1, 2, 2)
+    middles = boxes.mean(2)
+    if not ((found[:, :2] <= middles) & (middles <= found[:, 2:])).all(2).any(1).all():
         return False
     try:
         tiling.tile_page(page, VISION, TILES)

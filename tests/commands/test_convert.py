@@ -241,7 +241,7 @@ def test_the_image_token_is_one_that_no_text_makes(converted):
     assert config.model.image_token_id == config.model.llm.vocab_size == 320
 
 
-@pytest.mark.parametrize("name", ["finetune", "lora", "smollm2", "documents"])
+@pytest.mark.parametrize("name", ["finetune", "lora", "smollm2", "documents", "documents_lora"])
 def test_a_run_starts_from_what_was_converted(converted, name):
     """On the 2 x 2 x 2 mesh; what the preflight finds wrong it would raise."""
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
@@ -268,6 +268,28 @@ def test_a_run_starts_from_what_was_converted(converted, name):
         # For use, in the dtypes of the files; training reads float32.
         assert x.dtype == read[path].dtype
         assert x.sharding == state.flatten(abstract)[path].sharding
+
+
+@pytest.mark.parametrize("name", ["finetune", "documents", "documents_lora", "trial"])
+def test_sequences_have_room_for_the_tiles_of_the_model_and_text(converted, tmp_path, name):
+    """Whatever vision encoder it has: of SigLIP at 384 pixels a tile is 729 visual tokens."""
+    config = json.loads((converted / "config.json").read_text())
+    config[-1]["model"]["vision"] |= {"tile_height": 378, "tile_width": 378}
+    config[-1]["model"]["vision"] |= {"patch_height": 14, "patch_width": 14}
+    config[-1]["data"]["seq_len"] = 8_192
+    large = tmp_path / "large"
+    large.mkdir()
+    (large / "config.json").write_text(json.dumps(config))
+    for folder in (converted, large):
+        stages, _ = config_flag.parse([f"--config=configs/{name}.py:{folder}"])
+        for stage in stages:
+            image_tokens = stage.data.max_tiles * stage.model.tokens_per_tile
+            assert 256 <= stage.data.seq_len - image_tokens < 2_560 + 128
+            # Splits of the demonstration are no other data's.
+            assert stage.eval.splits == ("validation",)
+            assert name != "documents_lora" or (
+                stage.lora.rank == 16 and stage.train.trainable == ("connector/.*",)
+            )
 
 
 def test_config_files_say_what_to_run_first(tmp_path):

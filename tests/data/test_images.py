@@ -1,4 +1,5 @@
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -373,3 +374,57 @@ def test_a_dark_page_of_16_bits_stays_dark():
     """Its levels are below 256 of 65,535, and Pillow opens it as 32-bit integers."""
     data = b"P5 4 1 65535\n" + np.array([0, 1, 100, 255], ">u2").tobytes()
     assert np.asarray(images.decode_image(data, "x"))[0, :, 0].tolist() == [0, 0, 0, 0]
+
+
+LEVELS = np.linspace(0, 1, 24).reshape(3, 8)
+
+
+def tiff(bits: int, is_white_zero: bool, sample_format: int = 1, order: str = "<") -> bytes:
+    """A gray page of `LEVELS` in numbers of so many bits: unsigned, signed (2) or floats (3)."""
+    shown = 1 - LEVELS if is_white_zero else LEVELS
+    if sample_format == 3:
+        data = shown.astype(f"{order}f4").tobytes()
+    else:
+        numbers = np.round(shown * (2 ** (bits - (sample_format == 2)) - 1)).astype(np.int64)
+        if bits in (16, 32):
+            data = numbers.astype(f"{order}u{bits // 8}").tobytes()
+        else:
+            set_bits = (numbers[..., None] >> np.arange(bits)[::-1]) & 1
+            data = np.packbits(set_bits.astype(np.uint8).reshape(len(LEVELS), -1), 1).tobytes()
+    height, width = LEVELS.shape
+    # Width, height, bits, no compression, what 0 is, where the only strip lies, samples, its rows
+    # and size, and the kind of its numbers.
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: int(not is_white_zero), 273: 8}
+    tags |= {277: 1, 278: height, 279: len(data), 339: sample_format}
+    data += bytes(len(data) % 2)
+    entries = [struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items()]
+    head = b"II*\0" if order == "<" else b"MM\0*"
+    directory = struct.pack(f"{order}H", len(entries)) + b"".join(entries) + bytes(4)
+    return head + struct.pack(f"{order}I", 8 + len(data)) + data + directory
+
+
+@pytest.mark.parametrize("is_white_zero", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "sample_format", "order"),
+    [
+        *((bits, 1, "<") for bits in (1, 2, 4, 6, 8, 10, 12, 14, 16, 32)),
+        *((bits, 1, ">") for bits in (8, 10, 12, 16, 32)),
+        *((16, 2, order) for order in "<>"),
+        *((32, 3, order) for order in "<>"),
+    ],
+)
+def test_a_tiff_of_any_depth_shows_its_levels_or_is_refused(
+    bits, sample_format, order, is_white_zero
+):
+    """Also where Pillow says no more of them than that they are some integers."""
+    data = tiff(bits, is_white_zero, sample_format, order)
+    try:
+        shown = np.asarray(images.decode_image(data, "x"))[..., 0] / 255
+    except UserError:
+        # None of those that scanners write.
+        assert bits not in (1, 2, 4, 8) and ((bits, order) != (12, "<") or is_white_zero)
+        assert (bits, sample_format, order) != (16, 1, "<")
+        return
+    steps = 2 ** min(bits, 8) - 1
+    np.testing.assert_allclose(shown, LEVELS, atol=1.01 / steps)
+    assert shown[0, 0] == 0 and shown[-1, -1] == 1

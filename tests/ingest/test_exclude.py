@@ -155,7 +155,7 @@ def test_a_split_may_begin_with_a_digit_and_lie_in_the_folder_that_is_written(
     command.main(train)
     assert "is ready" in capsys.readouterr().out
     # Another benchmark in its place is told.
-    command.main([*flags, f"--source={sources}/train", "--split=2024"])
+    command.main([*flags, f"--source={sources}/train", "--split=2024", "--overwrite"])
     with pytest.raises(UserError, match="n0; 24 rejected"):
         command.main(train)
 

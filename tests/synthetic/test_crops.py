@@ -105,3 +105,41 @@ def test_rules_may_stand_in_a_crop():
 
 def test_a_page_without_words_gives_none():
     assert crops.crop(of_image(Image.new("L", (90, 90), 255), ()), rng_of(0)) is None
+
+
+def test_turned_words_are_passed_over():
+    """Labels of axes stand in a record as lines of their own, without edges."""
+    record = page()
+    left, top, right, bottom = record.lines[0][0][0].box
+    image = images.decode_image(record.images[0], "").convert("L")
+    canvas = Image.new("L", (image.width + 60, image.height + 60), 255)
+    canvas.paste(image, (60, 0))
+    lines = [tuple(crops._moved(word, -60, 0) for word in line) for line in record.lines[0]]
+    # "Copying" and "by", turned: of two letters the box says nothing.
+    turned = []
+    for at, word in ((4, record.lines[0][0][0]), (30, record.lines[0][1][1])):
+        left, top, right, bottom = (round(side) for side in word.box)
+        label = image.crop((left, top, right, bottom)).rotate(90, expand=True)
+        canvas.paste(label, (at, 20))
+        box = (float(at), 20.0, float(at + label.width), float(20 + label.height))
+        turned.append((dataclasses.replace(word, text=word.text[:7], box=box, edges=None),))
+    turned[1] = (dataclasses.replace(turned[1][0], text="by"),)
+    found = all_crops(of_image(canvas, (turned[0], *lines[:2], turned[1], *lines[2:])))
+    assert {text for _, part in found for text in texts(part)} == {*LINES}
+    # Those of a record without any edges are known by their boxes alone.
+    bare = [
+        tuple(dataclasses.replace(word, edges=None) for word in line)
+        for line in (turned[0], *lines)
+    ]
+    found = all_crops(of_image(canvas, tuple(bare)))
+    assert {text for _, part in found for text in texts(part)} == {*LINES}
+
+
+def test_lines_without_words_or_height_end_nothing():
+    record = page()
+    first, second, *others = record.lines[0]
+    flat = tuple(dataclasses.replace(word, box=(*word.box[:3], word.box[1])) for word in second)
+    lines = ((), first, flat, (), *others, ())
+    found = all_crops(dataclasses.replace(record, lines=(lines,)))
+    assert {text for _, part in found for text in texts(part)} == {*LINES} - {LINES[1]}
+    assert crops.crop(dataclasses.replace(record, lines=(((),),)), rng_of(0)) is None

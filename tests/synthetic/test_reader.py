@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import json
 import math
 import re
@@ -7,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from alignvlm_jax.data import images, shards, tiling
+from alignvlm_jax.data import images, shards, text_lines, tiling
 from alignvlm_jax.data.tasks import TRANSCRIBE_QUESTION, transcription
 from alignvlm_jax.errors import UserError
-from alignvlm_jax.synthetic import crops, demonstration, fonts, reader
+from alignvlm_jax.synthetic import crops, demonstration, fonts, reader, snippets
+from alignvlm_jax.synthetic.pages import Style
 
 COUNT = 25
+TRAIN = shards.shard_name("train", 0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +133,8 @@ def test_the_docs_say_what_is_drawn():
     told = {kind: int(percent) / 100 for kind, percent in table}
     assert told == reader.MIXTURE
     assert f"up to {reader.MAX_TURNS} questions" in section
+    assert f"a contrast up to {text_lines.CONTRAST} of 255" in section
+    assert f"by more than {text_lines.CONTRAST} of 255 levels" in docs
     size = f"{reader.VISION.tile_height} x {reader.VISION.tile_width} pixels"
     assert f"{size}, at most {crops.MAX_TILES} a record" in " ".join(section.split())
 
@@ -171,6 +177,91 @@ def test_pages_without_words_are_refused(manuals, tmp_path):
     (tmp_path / "prepare.json").write_text('{"format": "pdf"}')
     with pytest.raises(UserError, match="page scan-0001 of split validation has no words"):
         reader.data_set(arguments(manuals, unseen=str(tmp_path))).open()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A function that writes pages to a folder as `prepare` does."""
+
+    def write(name, pages):
+        (tmp_path / name).mkdir()
+        shards.write_shard(tmp_path / name / shards.shard_name("validation", 0, 1), pages)
+        (tmp_path / name / "prepare.json").write_text('{"format": "pdf"}')
+        return str(tmp_path / name)
+
+    return write
+
+
+def faint(page, first: int, level: int):
+    """The page with every third line, from `first` on, in a gray of this level."""
+    levels = np.array(images.decode_image(page.images[0], page.id))
+    for line in page.lines[0][first::3]:
+        left, top, right, bottom = (round(side) for side in crops._around(line))
+        part = levels[top - 2 : bottom + 2, left - 2 : right + 3]
+        part[:] = level + part.astype(int) * (255 - level) // 255
+    return dataclasses.replace(page, images=(images.encode_png(Image.fromarray(levels)),))
+
+
+def underscored(page, style):
+    """A form: fields with underscores to write on, at the end of every second line."""
+    texts = [" ".join(word.text for word in line) for line in page.lines[0]]
+    texts = [f"{text[:12]} ________________" if i % 2 else text for i, text in enumerate(texts)]
+    image, lines = snippets.text(texts, style, np.random.default_rng(0))
+    return dataclasses.replace(page, images=(images.encode_png(image),), lines=(lines,))
+
+
+@pytest.mark.parametrize("change", ["faint", "underscored"])
+def test_what_no_tile_shows_is_in_no_record(manuals, folder, monkeypatch, change):
+    monkeypatch.setattr(snippets, "DEGRADED", 0.0)
+    monkeypatch.setattr(snippets, "PLAIN", 1.0)
+    source = shards.RecordSource(manuals["unseen"], "validation")
+    style = Style(fonts.SEEN["Roboto"][0], 14)
+    change = {
+        "faint": lambda page: faint(page, 1, 255 - crops.CONTRAST - 8),
+        "underscored": lambda page: underscored(page, style),
+    }[change]
+    changed = [change(source[number]) for number in range(len(source))]
+    unseen = folder("changed", changed)
+    drawn = [
+        reader.draw(0, str(manuals["source"]), unseen, split, number)
+        for split in ("crops", "natural")
+        for number in range(COUNT)
+    ]
+    for record in drawn:
+        page = images.decode_image(record.images[0], record.id)
+        tiles = tiling.tile_page(page, reader.VISION, reader.TILES).crops
+        assert len(text_lines.find(page))
+        for word in (word for line in record.lines[0] for word in line):
+            middle = [(a + b) / 2 for a, b in (word.box[::2], word.box[1::2])]
+            assert ((tiles[:, :2] <= middle) & (middle <= tiles[:, 2:])).all(1).any(), word.text
+    # What can be read of these pages still is.
+    assert len({transcription(record) for record in drawn}) > COUNT
+
+
+def test_pages_that_are_trained_on_are_found_under_any_name(manuals, folder):
+    """In a folder above, or in a copy of the file, ids are others."""
+    pages = shards.RecordSource(manuals["source"], "train")
+    others = list(shards.RecordSource(manuals["unseen"], "validation"))
+    smaller = images.decode_image(pages[2].images[0], "").reduce(2)
+    copies = [
+        dataclasses.replace(pages[1], id="above/source-train-0002"),
+        dataclasses.replace(pages[2], id="copy-0003", images=(images.encode_png(smaller),)),
+    ]
+    match = (
+        r"copies shares 2 of 3 documents with --source=.*source by their words, as 1 of 1 page of "
+        r"above/source-train \(above/source-train-0002 is source-train-0002 there\)"
+    )
+    with pytest.raises(UserError, match=match):
+        reader.data_set(arguments(manuals, unseen=folder("copies", [*others, *copies]))).open()
+    # One page of many is about the licence of all books of a publisher.
+    book = [dataclasses.replace(others[0], id=f"copy-{number:04d}") for number in range(4, 14)]
+    reader.data_set(arguments(manuals, unseen=folder("book", [*book, copies[1]]))).open()
+    # Of a few words, as of a page that says it is left blank, nothing is concluded.
+    blank = dataclasses.replace(pages[1], lines=(pages[1].lines[0][:1],))
+    source = folder("source", [blank])
+    shutil.copy(f"{source}/{shards.shard_name('validation', 0, 1)}", f"{source}/{TRAIN}")
+    unseen = folder("blank", [*others, dataclasses.replace(blank, id="blank-0001")])
+    reader.data_set(arguments(manuals, source=source, unseen=unseen)).open()
 
 
 def test_pages_of_which_nothing_fits_are_an_error(manuals, draw, monkeypatch):

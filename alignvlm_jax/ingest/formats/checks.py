@@ -43,7 +43,8 @@ FILE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "
 
 
 def check(record: Record, needs_answers: bool = True) -> Record:
-    """Returns a record without its empty answers and without the turns that have no answer.
+    """Returns a record without its empty answers, the turns that have no answer, its words without
+    text and its lines without words.
 
     Args:
       record: the record to check.
@@ -59,6 +60,7 @@ def check(record: Record, needs_answers: bool = True) -> Record:
         raise Reject("the id is empty")
     record = _answered(record) if needs_answers else record
     turns = tuple(map(_usable, record.turns))
+    record = dataclasses.replace(record, turns=turns, lines=tuple(map(_with_text, record.lines)))
     _check_text(record.system, "the system turn", MAX_TEXT_BYTES)
     _check_offsets(turns, len(record.images))
     for turn in turns:
@@ -81,7 +83,7 @@ def check(record: Record, needs_answers: bool = True) -> Record:
             words = [word for line in record.lines[number] for word in line]
             _check_boxes(words, image.size, number)
             _check_ink(words, image, number)
-    return dataclasses.replace(record, turns=turns)
+    return record
 
 
 def check_header(image: Image.Image) -> None:
@@ -203,6 +205,13 @@ def _usable(turn: Turn) -> Turn:
     )
 
 
+def _with_text(lines: tuple[tuple[Word, ...], ...]) -> tuple[tuple[Word, ...], ...]:
+    """Returns the lines of a page that have words, without those words that are white space: a
+    transcription would have two spaces in their place."""
+    kept = (tuple(word for word in line if word.text.strip()) for line in lines)
+    return tuple(line for line in kept if line)
+
+
 def _check_offsets(turns: tuple[Turn, ...], num_images: int) -> None:
     """Raises Reject unless images stand within their questions, all of them or none."""
     counts = [len(turn.image_offsets) for turn in turns]
@@ -226,9 +235,15 @@ def _check_text(text: str, name: str, max_bytes: int) -> None:
 
 
 def _check_boxes(words: list[Word], size: tuple[int, int], number: int) -> None:
-    """Raises Reject if a word of image `number`, of this width and height, lies outside of it: its
-    patches would be taught that they are blank."""
+    """Raises Reject if a word of image `number`, of this width and height, lies outside of it or
+    nowhere: its patches would be taught that they are blank."""
     width, height = size
+    flat = [word for word in words if not (word.box[0] < word.box[2] and word.box[1] < word.box[3])]
+    if flat:
+        raise Reject(
+            f"words have boxes without area ({len(flat)} of {len(words)} of image {number}: "
+            f"{flat[0].text[:20]!r} at {list(flat[0].box)})"
+        )
     for word in words:
         left, top, right, bottom = word.box
         # A box that reaches over the border, as OCR's often do, is cut where it is used.
@@ -244,7 +259,6 @@ def _check_boxes(words: list[Word], size: tuple[int, int], number: int) -> None:
 def _check_ink(words: list[Word], image: Image.Image, number: int) -> None:
     """Raises Reject if many words of image `number` stand where nothing is drawn: boxes of another
     unit, origin or resolution lie within the image as well, and would teach what is not there."""
-    words = [word for word in words if word.text.strip()]
     if len(words) < MIN_WORDS:
         return
     sampled = words[:: -(-len(words) // NUM_SAMPLED)]

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from alignvlm_jax.data.record import Record, Turn, Word
+from alignvlm_jax.data.tasks import transcription
 from alignvlm_jax.ingest.formats import checks
 from alignvlm_jax.ingest.formats.base import Reject
 
@@ -163,3 +164,28 @@ def test_a_formula_in_a_text_of_a_list_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert checks.listed_texts(r"['\delta', 'b']") == [r"\delta", "b"]
+
+
+def test_words_without_text_and_lines_without_words_are_left_out(png):
+    """They would be taught as spaces, two between the words beside them, and as empty lines."""
+    first, second = Word("a", (0, 0, 1, 1)), Word("b", (1, 0, 3, 1), (1.0, 3.0))
+    blanks = [Word(text, (1, 1, 1, 1)) for text in ("", " ", "\t\u3000")]
+    lines = ((first, blanks[0], second), (), tuple(blanks), (blanks[1], first))
+    found = checks.check(record(png(), png(1, 9), lines=(lines, ((), (blanks[0],)))))
+    assert found.lines == (((first, second), (first,)), ())
+    assert transcription(found) == "a b\na"
+    with pytest.raises(Reject, match="nothing to learn"):
+        checks.check(record(png(), turns=(), lines=(((blanks[1],),),)))
+    # Blanks in front of a line are the indentation of code.
+    indented = record(png(), lines=(((Word("  a", (0, 0, 3, 1)),),),))
+    assert checks.check(indented) == indented
+
+
+@pytest.mark.parametrize("box", [(0, 1, 2, 1), (1, 0, 1, 2), (1, 1, 1, 1), (2, 0, 1, 1)])
+def test_words_without_area_are_told(png, box):
+    """Nothing could be drawn in them, and no patch would be taught what they say."""
+    lines = ((Word("good", (0, 0, 2, 1)), Word("flat", box), Word("flat", box)),)
+    with pytest.raises(Reject) as rejected:
+        checks.check(record(png(), png(), lines=((), lines)))
+    reason = f"words have boxes without area (2 of 3 of image 1: 'flat' at {list(box)})"
+    assert str(rejected.value) == reason
