@@ -158,7 +158,7 @@ test-install: setup  ## build a wheel, install it into a venv of its own, use it
 	$(BIN)/pytest -m install tests/test_install.py
 
 test-parity: $(PARITY)/.done  ## compare with PyTorch's implementations, in a venv of its own
-	$(PARITY)/bin/pytest tests/parity
+	$(PARITY)/bin/pytest -n 2 --dist worksteal tests/parity
 
 BIG_VISION := .big-vision
 BIG_VISION_URL ?= https://github.com/google-research/big_vision

@@ -13,8 +13,8 @@ def main(argv: list[str]) -> None:
     """Runs the command.
 
     Raises:
-      UserError: a run is not finished, or two runs of a table have different questions; nothing is
-        measured then.
+      UserError: a run is not finished, two runs of a table have different questions, or two of a
+        row differ in more than the seed; nothing is measured then.
     """
     args = _parse(argv)
     # Only now: what is misspelt should be answered before all of this is imported.

@@ -289,7 +289,8 @@ def test_images_of_turns_that_nobody_answered_are_not_shown(demo_config, tokeniz
     whole = conversation()
     secret = [dataclasses.replace(turn, answers=()) for turn in whole.turns]
     one = dataclasses.replace(whole, turns=tuple(secret))
-    [asked] = [q for q in questions.choose_questions([one], None) if "this" in q.turn.question]
+    chosen = questions.choose_questions([one], None, needs_answers=False)
+    [asked] = [q for q in chosen if "this" in q.turn.question]
     prompt = builder.prompt(one, asked.chat_turn(), asked.before)
     num_image_tokens = (prompt["tokens"] == demo_config.model.image_token_id).sum()
     num_tiles = num_image_tokens // builder.tokens_per_prompt_tile

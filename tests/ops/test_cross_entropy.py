@@ -1,5 +1,7 @@
 """Losses against NumPy float64, plain and chunked, also where the vocabulary is sharded."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -169,25 +171,33 @@ def test_a_label_without_weight_may_be_a_word_that_is_left_out():
     np.testing.assert_array_equal(gradient, [[0.0, -0.5]])
 
 
+# Compiled once for a shape: hundreds of draws are made below.
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def sampled_loss(x, head, norm, labels, weights, num_valid, size):
+    def loss(head):
+        losses = cross_entropy.sampled_cross_entropy(
+            x, head, (*norm, 1e-5), labels, weights, num_valid, size
+        )
+        return losses.sum(), losses
+
+    grad, losses = jax.grad(loss, has_aux=True)(head)
+    return losses, grad
+
+
 def sampled(size: int, labels: np.ndarray, num_valid: int = 50, seed: int = 0):
     """The sampled loss, what it estimates in float64, and its gradient with regard to W."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((len(labels), WIDTH)).astype(np.float32)
     head = rng.standard_normal((WIDTH, 53)).astype(np.float32)
-    norm = rng.uniform(0.5, 1.5, 53).astype(np.float32), rng.random(53).astype(np.float32), 1e-5
+    norm = rng.uniform(0.5, 1.5, 53).astype(np.float32), rng.random(53).astype(np.float32)
     weights = rng.random(labels.shape).astype(np.float32)
 
-    def loss(head):
-        arrays = jax.tree.map(jnp.asarray, (norm[:2], labels, weights))
-        return cross_entropy.sampled_cross_entropy(
-            x, head, (*arrays[0], norm[2]), *arrays[1:], num_valid, size
-        )
-
+    nll, grad = sampled_loss(x, head, norm, labels, weights, num_valid, size)
     z = (x.astype(np.float64) @ head)[:, :num_valid]
     z = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-5)
     log_p = log_softmax(z * norm[0][:num_valid] + norm[1][:num_valid])
     expected = -(np.take_along_axis(log_p, labels, 1) * weights).sum(-1)
-    return jax.jit(loss)(head), expected, jax.jit(jax.grad(lambda head: loss(head).sum()))(head)
+    return nll, expected, grad
 
 
 def test_a_sample_of_all_entries_is_exact():
