@@ -130,7 +130,7 @@ def _run(argv: list[str], debug: bool) -> int:
         return _fail(str(err))
     except OSError as err:
         if isinstance(err, BrokenPipeError) and _nobody_reads():
-            return UNREAD_STATUS
+            return _unread()
         _show_traceback(debug)
         message = f"{err.filename}: {err.strerror}" if err.filename and err.strerror else str(err)
         return _fail(message, status=TRY_AGAIN_STATUS if faults.kind_of(err) is Kind.PASSING else 1)
@@ -139,11 +139,11 @@ def _run(argv: list[str], debug: bool) -> int:
         _show_traceback(debug)
         return _fail(message)
     except (RuntimeError, AssertionError) as err:
-        if "RESOURCE_EXHAUSTED" in str(err):
+        if str(err).startswith("RESOURCE_EXHAUSTED") and type(err).__module__.startswith("jax"):
             _show_traceback(debug)
             return _fail(f"out of memory: {one_line(err)}", FAULT_STATUS)
         # jax says either where it finds no device, in words of its own.
-        if not (problem := _no_device()):
+        if not (problem := _no_device(err)):
             raise
         _show_traceback(debug)
         status = TRY_AGAIN_STATUS if isinstance(problem, TryAgainError) else 1
@@ -152,6 +152,13 @@ def _run(argv: list[str], debug: bool) -> int:
         # Nothing to go on with. A command that has saved raises StoppedError.
         return _fail("interrupted", status=INTERRUPTED_STATUS, kind="")
     return 0
+
+
+def _unread() -> int:
+    """Tells the other processes that nobody reads what is printed, and returns the exit status."""
+    if distributed := _distributed():
+        return distributed.fail("nobody reads what is printed", UNREAD_STATUS)
+    return UNREAD_STATUS
 
 
 def _nobody_reads() -> bool:
@@ -167,25 +174,22 @@ def _nobody_reads() -> bool:
     return is_closed
 
 
-def _no_device() -> UserError | None:
-    """Returns that JAX finds no device, and what to do; None where it finds one, or was not
-    asked."""
-    if not (jax := sys.modules.get("jax")):
+def _no_device(err: BaseException) -> UserError | None:
+    """Returns that JAX finds no device, and what to do, where that is what an exception is; else
+    None."""
+    # Not by asking JAX again, which would start a backend that another process may hold.
+    *_, last = traceback.extract_tb(err.__traceback__)
+    if not last.filename.endswith("xla_bridge.py"):
         return None
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as err:
-        message = (
-            f"JAX finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
-            f"{f' ({one_line(err)})' if str(err) else ''}; requirements-gpu.txt and "
-            "requirements-tpu.txt install what accelerators need, and JAX_PLATFORMS=cpu does "
-            "without"
-        )
-        # A platform whose plugin is not there is an assertion without words. A device that is
-        # there may be free again when the process that has it is gone.
-        is_unknown = isinstance(err, AssertionError) or "known backends" in str(err)
-        return (UserError if is_unknown else TryAgainError)(message)
-    return None
+    message = (
+        f"JAX finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+        f"{f' ({one_line(err)})' if str(err) else ''}; requirements-gpu.txt and "
+        "requirements-tpu.txt install what accelerators need, and JAX_PLATFORMS=cpu does without"
+    )
+    # A platform whose plugin is not there is an assertion without words. A device that is there may
+    # be free again when the process that has it is gone.
+    is_unknown = isinstance(err, AssertionError) or "known backends" in str(err)
+    return (UserError if is_unknown else TryAgainError)(message)
 
 
 def _version() -> str:
@@ -225,8 +229,11 @@ def _fail(message: str, status: int = 1, kind: str = "error: ") -> int:
 
 def leave_with(status: int) -> NoReturn:
     """Ends the process with an exit status; if it failed, at once and without exit hooks."""
-    with contextlib.suppress(OSError, ValueError):
+    try:
         sys.stdout.flush()
+    except (OSError, ValueError) as err:
+        if isinstance(err, BrokenPipeError) and _nobody_reads():
+            status = status or UNREAD_STATUS
     storage.close_all()
     if status in (0, 2):
         if distributed := _distributed():
@@ -249,6 +256,8 @@ def run() -> NoReturn:
     try:
         status = main(sys.argv[1:])
     except Exception as err:
+        if isinstance(err, BrokenPipeError) and _nobody_reads():
+            leave_with(_unread())
         with contextlib.suppress(OSError, ValueError):
             traceback.print_exc()
         status = _fail(f"unforeseen: {type(err).__name__}: {err}", FAULT_STATUS)

@@ -158,7 +158,7 @@ def read(sweep: str, workdir: str, common: Sequence[str] = ()) -> list[Run]:
             f"--config={config}",
             *common,
             *(
-                f"--config.{field}={str(value).replace('{workdir}', workdir.rstrip('/'))}"
+                f"--config.{field}={str(value).replace('{workdir}', _plain(workdir))}"
                 for field, value in fields.items()
             ),
         ]
@@ -172,6 +172,14 @@ def read(sweep: str, workdir: str, common: Sequence[str] = ()) -> list[Run]:
     if not runs:
         raise UserError(f"{sweep} has no runs")
     return runs
+
+
+def _plain(workdir: str) -> str:
+    """Returns a folder in one spelling, since what a run starts from is a part of its config."""
+    if "://" in workdir:
+        return workdir.rstrip("/")
+    path = os.path.relpath(workdir)
+    return os.path.abspath(workdir) if path.startswith("..") else path
 
 
 def _yielded(sweep: str) -> list[tuple[str, str, dict[str, object]]]:
@@ -199,15 +207,24 @@ def told(runs: Sequence[Run]) -> list[Run]:
     """Prints how far each run is, and returns those that are not finished.
 
     Raises:
-      UserError, OSError: see `Run.state`.
+      UserError, OSError: see `Run.state`; of all runs that are of another config after the last.
     """
     width = max(len(run.name) for run in runs)
     unfinished = []
+    others = []
+    _ = storage.path(runs[0].workdir)  # For what it raises: a storage of an unknown kind.
     for run in runs:
-        state = run.state()
+        try:
+            state = run.state()
+        except UserError as err:
+            others.append(err)
+            state = "of another config"
         print(f"{run.name:{width}}  {state}", flush=True)
         if state != "finished":
             unfinished.append(run)
+    if others:
+        number = f"{len(others)} of {len(runs)} runs cannot go on, the first: " if runs[1:] else ""
+        raise UserError(f"{number}{others[0]}")
     return unfinished
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import pytest
 
 from alignvlm_jax import __main__ as main_lib
@@ -118,6 +119,14 @@ def test_whoever_reads_may_stop_reading():
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert done.stdout.splitlines()[0].startswith("5 stages") and not done.stderr
     assert done.stdout.splitlines()[1] in ("0", "141")  # All may have been written by then.
+    program = f"{sys.executable} -m alignvlm_jax --version"
+    for buffered in ("", "1"):
+        line = f"{program} | (exec <&-; sleep 1); echo ${{PIPESTATUS[0]}}"
+        done = subprocess.run(
+            ["bash", "-c", line], capture_output=True, text=True, cwd=REPOSITORY, check=True,
+            env=os.environ | {"PYTHONUNBUFFERED": buffered},
+        )  # fmt: skip
+        assert (done.stdout.split(), done.stderr) == (["141"], "")
 
 
 def test_another_broken_pipe_is_told(command, capsys):
@@ -126,8 +135,22 @@ def test_another_broken_pipe_is_told(command, capsys):
     assert "Broken pipe" in capsys.readouterr().err
 
 
+def test_other_runtime_errors_stay_what_they_are(command, monkeypatch):
+    """Also where there is no device: that is not what happened."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    command(fail_with(RuntimeError("can't start new thread")))
+    with pytest.raises(RuntimeError, match="new thread"):
+        main_lib.main(["train"])
+
+
 def test_no_memory_is_one_line(command, capsys):
-    command(fail_with(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")))
+    command(
+        fail_with(
+            jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"
+            )
+        )
+    )
     assert main_lib.main(["train"]) == 70
     told = capsys.readouterr().err
     assert told.endswith(
@@ -145,14 +168,12 @@ def test_no_memory_is_one_line(command, capsys):
     ],
 )
 def test_no_device_is_one_line(command, capsys, monkeypatch, error, status, message):
-    """jax says so at the first use of a device, wherever that is."""
-
-    def devices() -> None:
-        raise error
-
+    """jax says so at the first use of a device, wherever that is, from one file of its own."""
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    monkeypatch.setattr("jax.devices", devices)
-    command(fail_with(error))
+    namespace = {"error": error}
+    where = "site-packages/jax/_src/xla_bridge.py"
+    exec(compile("def backends(argv):\n    raise error", where, "exec"), namespace)
+    command(namespace["backends"])
     assert main_lib.main(["train"]) == status
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1

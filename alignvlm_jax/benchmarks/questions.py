@@ -14,6 +14,10 @@ from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed, exchange
 
+MAX_LOOKS = 8
+"""Records that are looked at for a question, about, where most have none."""
+MIN_LOOKS = 1000
+"""Records that are looked at in any case."""
 MAX_SHOWN = 5
 """Most ids that an error message names."""
 
@@ -121,10 +125,10 @@ def _choose(records: Sequence[Record], count: int | None, needs_answers: bool) -
             if index not in read:
                 read[index] = _source(index, records[index], needs_answers)
         found = [read[index] for index in _spread(len(records), number) if read[index].usable]
-        if len(found) >= wanted or number == len(records):
+        if len(found) >= wanted or number >= min(len(records), MAX_LOOKS * wanted + MIN_LOOKS):
             break
-        # Many records have none, as pages that are only to be read: look at twice as many, and not
-        # at all of a large set.
+        # Many records have none, as pages that are only to be read: look at twice as many, but not
+        # at all of a large set, each of which may be a request.
         number = min(2 * number, len(records))
     # Twice as many may have been found: spread anew, or the first of the split would be preferred.
     chosen = [found[place] for place in _spread(len(found), min(wanted, len(found)))]

@@ -24,7 +24,7 @@ COUNTS = "counts.json"
 """Numbers of records: those rejected by reason, all of them, and those that share their images."""
 IMAGES = "images.jsonl"
 """Local images that records name, with their `files.version` when they were read."""
-OTHERS = "others"
+OTHER_SPLITS = "others"
 """Field of a description: those of the jobs that wrote the folder's other splits, by split."""
 MAKERS = ".makers.json"
 """The descriptions of all splits of before, in a staging folder whose files move into place."""
@@ -87,7 +87,7 @@ def is_ready(out: Path, wanted: dict[str, Any]) -> bool:
     found = description(out)
     # Known only after all was read, so that no job can want it.
     checksum = found.pop("images_read", None)
-    found.pop(OTHERS, None)
+    found.pop(OTHER_SPLITS, None)
     try:
         return found == wanted and (checksum is None or not is_changed(out / IMAGES))
     except (OSError, ValueError):
@@ -186,7 +186,7 @@ def _makers(out: Path) -> dict[str, dict[str, Any]]:
         # An interrupted `publish` has taken it away.
         kept = next(out.glob(f"{PARTIAL}*/{MAKERS}"), None)
         return json.loads(kept.read_text()) if kept else {}
-    others = found.pop(OTHERS, {})
+    others = found.pop(OTHER_SPLITS, {})
     names = shards_lib.split_names(path.name for path in out.glob("*"))
     if "split" in found:
         # Folders of before say of the last job alone what it was: of others nothing is known.
@@ -327,7 +327,7 @@ def publish(
         wanted = wanted | {"images_read": f"{zlib.crc32((out / IMAGES).read_bytes()):08x}"}
     # The flags of each split are kept, so that none is written anew by others.
     if stay:
-        wanted = wanted | {OTHERS: {split: makers.get(split, {}) for split in stay}}
+        wanted = wanted | {OTHER_SPLITS: {split: makers.get(split, {}) for split in stay}}
     write_json(out / "prepare.json", wanted)
     # Last: a staging folder that is deleted halfway could not be resumed.
     for leftover in out.glob(f"{PARTIAL}*"):

@@ -167,21 +167,29 @@ class Sample(NamedTuple):
         """Returns the labels and, drawn without replacement, others of the first `num_valid`
         entries.
 
-        The draw is a function of the labels, so that a step has no state of its own. Of more labels
-        than `size` some, drawn as well, are left out: those there stand for them.
+        The draw is a function of the labels, so that a step has no state of its own. Labels take at
+        most half of the places, or nothing would stand for the rest of the vocabulary: of more,
+        some are drawn, which stand for all of them.
         """
         ids_V = jnp.arange(vocab_size)
         is_label_V = jnp.zeros(vocab_size, bool).at[label_ids.reshape(-1)].set(True)
         draws_V = jax.random.uniform(jax.random.key(label_ids.sum()), (vocab_size,))
         # Labels come first, and what pads the table last: it stands for nothing.
-        # Drawn among themselves, too: by their ids, rare tokens would be left out in every step.
-        draws_V = jnp.where(ids_V < num_valid, draws_V + 2.0 * is_label_V, -1.0)
-        _, ids_S = jax.lax.top_k(draws_V, size)
-        num_there = jnp.minimum(is_label_V.sum(), size)
-        labels = is_label_V.sum() / jnp.maximum(num_there, 1)
-        others = (num_valid - is_label_V.sum()) / jnp.maximum(min(size, num_valid) - num_there, 1)
-        weights_S = jnp.where(is_label_V[ids_S], labels, others)
-        return cls(ids_S, jnp.where(ids_S < num_valid, weights_S, 0.0))
+        is_valid_V = ids_V < num_valid
+        # By their ids, rare tokens would be left out in every step.
+        most = max(size // 2, 1)
+        least = jax.lax.top_k(jnp.where(is_label_V, draws_V, -1.0), most)[0][-1]
+        is_kept_V = is_label_V & (draws_V >= least)
+        # Kept labels come first, then other entries, labels that find no place, and what pads the
+        # table, which stands for nothing.
+        rank_V = jnp.where(is_kept_V, 2.0, jnp.where(is_label_V, 0.0, 1.0))
+        _, ids_S = jax.lax.top_k(jnp.where(is_valid_V, draws_V + rank_V, -1.0), size)
+        is_label_S = is_label_V[ids_S]
+        num_others = (~is_label_S & is_valid_V[ids_S]).sum()
+        labels = is_label_V.sum() / jnp.maximum(is_label_S.sum(), 1)
+        others = (num_valid - is_label_V.sum()) / jnp.maximum(num_others, 1)
+        weights_S = jnp.where(is_label_S, labels, others)
+        return cls(ids_S, jnp.where(is_valid_V[ids_S], weights_S, 0.0))
 
 
 def sampled_cross_entropy(
@@ -202,8 +210,8 @@ def sampled_cross_entropy(
       head: W, a parameter.
       norm: gain, bias and epsilon of LN over the vocabulary; None leaves it out.
       label_ids: tokens that each row shows. All labels of all rows are among the entries; where
-        they are more than `size`, a row with one that is left out has no loss, and those that have
-        one count for it.
+        they are more than half of `size`, a row with one that is left out has no loss, and those
+        that have one count for it.
       label_weights: see `soft_cross_entropy`.
       num_valid: the columns from here on only pad the table.
       size: entries of the sample.

@@ -159,14 +159,17 @@ class StageLoop:
         size = self.stage.config.train.sampled_entries
         if not size or self.is_sample_told:
             return
-        # Labels without weight fill up the patches that have fewer.
-        is_label = batch["patch_label_weights"] > 0
-        number = len(np.unique(batch["patch_label_ids"][is_label]))
-        if number > size:
+        # A sample is of a microbatch, which takes every n-th sequence; labels without weight fill
+        # up the patches that have fewer. Other processes' labels come on top.
+        ids = np.where(batch["patch_label_weights"] > 0, batch["patch_label_ids"], -1)
+        parts = self.stage.config.train.grad_accum_steps
+        number = max(len(np.setdiff1d(ids[part::parts], [-1])) for part in range(parts))
+        if number > size // 2:
             self.is_sample_told = True
             self.run.progress.say(
-                f"the patches of a batch have {number:,} labels and config.train.sampled_entries "
-                f"is {size:,}: in each step those that show others are left out"
+                f"the patches that are computed at a time have {number:,} labels and "
+                f"config.train.sampled_entries is {size:,}, at most half of them labels: in each "
+                "step patches that show others are left out"
             )
 
     def _wait_for_step(self) -> None:

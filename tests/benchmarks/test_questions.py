@@ -67,6 +67,10 @@ def test_of_a_large_set_no_more_is_read_than_is_needed():
     records = Counting(documents([1, 0, 1, 0, 0] * 2000))
     assert len(questions.choose_questions(records, 100)) == 100
     assert records.read <= 500
+    # Nor of one that has none.
+    records = Counting(documents([0] * 20_000))
+    assert questions.choose_questions(records, 8) == []
+    assert records.read < 3_000
 
 
 def test_questions_without_an_answer_are_asked_only_where_that_is_of_use():

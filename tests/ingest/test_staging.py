@@ -106,11 +106,11 @@ def test_a_job_of_one_split_leaves_the_others_their_tokenizer(run, tmp_path, oth
 def test_a_folder_of_before_tells_the_flags_of_its_last_job(run, tmp_path):
     out = tmp_path / "out"
     alone = json.loads((out / "prepare.json").read_text())
-    assert staging.OTHERS not in alone
+    assert "others" not in alone
     refused(run, out, "prepared with --holdout=0.3", holdout=0.6)
     assert run("other", split="unseen")
     description = json.loads((out / "prepare.json").read_text())
-    assert description.pop(staging.OTHERS) == dict.fromkeys(("train", "validation"), alone)
+    assert description.pop("others") == dict.fromkeys(("train", "validation"), alone)
     (out / "prepare.json").write_text(json.dumps(description))
     assert not run("other", split="unseen")
     refused(run, out, r"holds train \d, validation \d records of a job whose flags are not kept")

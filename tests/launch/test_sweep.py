@@ -376,9 +376,21 @@ def test_a_run_of_another_config_is_not_taken_for_finished(two, tmp_path, capsys
     script = command(tmp_path, f"touch {tmp_path}/started")
     arguments = [str(two), f"--workdir={tmp_path}/runs", f"--submit={script}"]
     assert sweep.main([*arguments, "--", "--config.optim.weight_decay=0.5"]) == 1
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
+    assert out.splitlines() == ["first   of another config", "second  not started"]
+    assert "1 of 2 runs cannot go on, the first: " in error
     assert "belongs to another config: config.optim.weight_decay is" in error
     assert "and 0.5 here" in error and not (tmp_path / "started").exists()
+
+
+def test_what_a_run_starts_from_is_spelled_in_one_way(tmp_path):
+    """A run is not of another config since its folder was typed otherwise."""
+    (tmp_path / "one.py").write_text(CHAIN.replace("RUNS/", "{workdir}/"))
+    spelled = ("runs/a", "./runs/a/", "runs/b/../a", f"{ROOT}/runs/a")
+    assert {sweep.read(f"{tmp_path}/one.py", one)[1].source for one in spelled} == {"runs/a/tower"}
+    elsewhere = sweep.read(f"{tmp_path}/one.py", f"{tmp_path}/runs")
+    assert elsewhere[1].source == f"{tmp_path}/runs/tower"
+    assert sweep.read(f"{tmp_path}/one.py", "gs://b/runs/")[1].source == "gs://b/runs/tower"
 
 
 def test_storage_of_another_kind_is_one_line(two, capsys):

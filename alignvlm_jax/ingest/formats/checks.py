@@ -38,6 +38,8 @@ MAX_TEXT_BYTES = 65_536
 MAX_ID_BYTES = 1024
 MAX_UNSURE = 0.1
 """Largest fraction of a page's words of which OCR may be less sure than was wanted."""
+MAX_WITHOUT_AREA = 0.1
+"""Largest fraction of a page's words, but for one, whose boxes may have no area."""
 FILE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 """Image formats that are read; Pillow knows others, some of which call programs (EPS)."""
 
@@ -83,7 +85,7 @@ def check(record: Record, needs_answers: bool = True) -> Record:
             words = [word for line in record.lines[number] for word in line]
             _check_boxes(words, image.size, number)
             _check_ink(words, image, number)
-    return record
+    return dataclasses.replace(record, lines=tuple(map(_with_area, record.lines)))
 
 
 def check_header(image: Image.Image) -> None:
@@ -212,6 +214,18 @@ def _with_text(lines: tuple[tuple[Word, ...], ...]) -> tuple[tuple[Word, ...], .
     return tuple(line for line in kept if line)
 
 
+def _with_area(lines: tuple[tuple[Word, ...], ...]) -> tuple[tuple[Word, ...], ...]:
+    """Returns the lines of a page without words whose boxes have no area, as OCR gives a bar or a
+    dash: no patch could be taught what they say."""
+    kept = (tuple(word for word in line if _has_area(word)) for line in lines)
+    return tuple(line for line in kept if line)
+
+
+def _has_area(word: Word) -> bool:
+    left, top, right, bottom = word.box
+    return left < right and top < bottom
+
+
 def _check_offsets(turns: tuple[Turn, ...], num_images: int) -> None:
     """Raises Reject unless images stand within their questions, all of them or none."""
     counts = [len(turn.image_offsets) for turn in turns]
@@ -235,11 +249,11 @@ def _check_text(text: str, name: str, max_bytes: int) -> None:
 
 
 def _check_boxes(words: list[Word], size: tuple[int, int], number: int) -> None:
-    """Raises Reject if a word of image `number`, of this width and height, lies outside of it or
-    nowhere: its patches would be taught that they are blank."""
+    """Raises Reject if a word of image `number`, of this width and height, lies outside of it, or
+    many lie nowhere: their patches would be taught that they are blank."""
     width, height = size
-    flat = [word for word in words if not (word.box[0] < word.box[2] and word.box[1] < word.box[3])]
-    if flat:
+    flat = [word for word in words if not _has_area(word)]
+    if len(flat) > max(1, MAX_WITHOUT_AREA * len(words)):
         raise Reject(
             f"words have boxes without area ({len(flat)} of {len(words)} of image {number}: "
             f"{flat[0].text[:20]!r} at {list(flat[0].box)})"

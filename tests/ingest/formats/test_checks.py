@@ -183,7 +183,11 @@ def test_words_without_text_and_lines_without_words_are_left_out(png):
 
 @pytest.mark.parametrize("box", [(0, 1, 2, 1), (1, 0, 1, 2), (1, 1, 1, 1), (2, 0, 1, 1)])
 def test_words_without_area_are_told(png, box):
-    """Nothing could be drawn in them, and no patch would be taught what they say."""
+    """Nothing could be drawn in them, and no patch would be taught what they say; a single one, as
+    OCR gives a bar, is left out."""
+    good = Word("good", (0, 0, 2, 1))
+    kept = checks.check(record(png(), lines=(((good, Word("|", box)),),)))
+    assert kept.lines == (((good,),),)
     lines = ((Word("good", (0, 0, 2, 1)), Word("flat", box), Word("flat", box)),)
     with pytest.raises(Reject) as rejected:
         checks.check(record(png(), png(), lines=((), lines)))
