@@ -14,9 +14,9 @@ from alignvlm_jax.data.shards import RecordSource
 from alignvlm_jax.errors import UserError
 from alignvlm_jax.parallel import distributed, exchange
 
-MAX_LOOKS = 8
+MAX_READ = 8
 """Records that are looked at for a question, about, where most have none."""
-MIN_LOOKS = 1000
+MIN_READ = 1000
 """Records that are looked at in any case."""
 MAX_SHOWN = 5
 """Most ids that an error message names."""
@@ -125,7 +125,7 @@ def _choose(records: Sequence[Record], count: int | None, needs_answers: bool) -
             if index not in read:
                 read[index] = _source(index, records[index], needs_answers)
         found = [read[index] for index in _spread(len(records), number) if read[index].usable]
-        if len(found) >= wanted or number >= min(len(records), MAX_LOOKS * wanted + MIN_LOOKS):
+        if len(found) >= wanted or number >= min(len(records), MAX_READ * wanted + MIN_READ):
             break
         # Many records have none, as pages that are only to be read: look at twice as many, but not
         # at all of a large set, each of which may be a request.
