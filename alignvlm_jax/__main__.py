@@ -129,7 +129,7 @@ def _run(argv: list[str], debug: bool) -> int:
         _show_traceback(debug)
         return _fail(str(err))
     except OSError as err:
-        if isinstance(err, BrokenPipeError) and _nobody_reads():
+        if _nobody_reads(err):
             return _unread()
         _show_traceback(debug)
         message = f"{err.filename}: {err.strerror}" if err.filename and err.strerror else str(err)
@@ -146,8 +146,7 @@ def _run(argv: list[str], debug: bool) -> int:
         if not (problem := _no_device(err)):
             raise
         _show_traceback(debug)
-        status = TRY_AGAIN_STATUS if isinstance(problem, TryAgainError) else 1
-        return _fail(str(problem), status)
+        return _fail(*problem)
     except KeyboardInterrupt:
         # Nothing to go on with. A command that has saved raises StoppedError.
         return _fail("interrupted", status=INTERRUPTED_STATUS, kind="")
@@ -161,9 +160,11 @@ def _unread() -> int:
     return UNREAD_STATUS
 
 
-def _nobody_reads() -> bool:
-    """Whether who read what is printed has seen enough, as `head`; then nothing is printed any
-    more, or Python would say so at its exit."""
+def _nobody_reads(err: BaseException) -> bool:
+    """Whether an exception says that who read what is printed has seen enough, as `head`; then
+    nothing is printed any more, or Python would say so at its exit. Other pipes may break, too."""
+    if not isinstance(err, BrokenPipeError):
+        return False
     poll = select.poll()
     try:
         poll.register(sys.stdout, select.POLLOUT)
@@ -174,9 +175,9 @@ def _nobody_reads() -> bool:
     return is_closed
 
 
-def _no_device(err: BaseException) -> UserError | None:
-    """Returns that JAX finds no device, and what to do, where that is what an exception is; else
-    None."""
+def _no_device(err: BaseException) -> tuple[str, int] | None:
+    """Returns that JAX finds no device and what to do, with the exit status, where that is what an
+    exception is; else None."""
     # Not by asking JAX again, which would start a backend that another process may hold.
     *_, last = traceback.extract_tb(err.__traceback__)
     if not last.filename.endswith("xla_bridge.py"):
@@ -189,7 +190,7 @@ def _no_device(err: BaseException) -> UserError | None:
     # A platform whose plugin is not there is an assertion without words. A device that is there may
     # be free again when the process that has it is gone.
     is_unknown = isinstance(err, AssertionError) or "known backends" in str(err)
-    return (UserError if is_unknown else TryAgainError)(message)
+    return message, 1 if is_unknown else TRY_AGAIN_STATUS
 
 
 def _version() -> str:
@@ -232,7 +233,7 @@ def leave_with(status: int) -> NoReturn:
     try:
         sys.stdout.flush()
     except (OSError, ValueError) as err:
-        if isinstance(err, BrokenPipeError) and _nobody_reads():
+        if _nobody_reads(err):
             status = status or UNREAD_STATUS
     storage.close_all()
     if status in (0, 2):
@@ -256,7 +257,7 @@ def run() -> NoReturn:
     try:
         status = main(sys.argv[1:])
     except Exception as err:
-        if isinstance(err, BrokenPipeError) and _nobody_reads():
+        if _nobody_reads(err):
             leave_with(_unread())
         with contextlib.suppress(OSError, ValueError):
             traceback.print_exc()

@@ -2,7 +2,7 @@
 
 import difflib
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 TRY_AGAIN_STATUS = 75
 """Exit status of a temporary failure (EX_TEMPFAIL of sysexits.h), after which launchers restart."""
@@ -61,6 +61,13 @@ def one_line(err: BaseException) -> str:
     """Returns the message of an exception on one line of at most 200 characters, or else the name
     of its type."""
     return " ".join(str(err).split())[:200] or type(err).__name__
+
+
+def listed(texts: Sequence[str], most: int) -> str:
+    """Returns the first `most` texts for messages, and how many more there are: `a, b and 3
+    more`."""
+    more = len(texts) - most
+    return ", ".join(texts[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def counted(number: int, noun: str) -> str:

@@ -125,7 +125,9 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # Not of the storage: of who reads the list.
         raise
     except (UserError, OSError) as err:
-        print(f"sweep.py: error: {one_line(err)}", file=sys.stderr)
+        # One of ours is a line already, of any length.
+        message = err if isinstance(err, UserError) else one_line(err)
+        print(f"sweep.py: error: {message}", file=sys.stderr)
         return 2 if isinstance(err, UsageError) else 1
     if not args.submit and not args.run:
         return 0

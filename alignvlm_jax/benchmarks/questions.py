@@ -11,7 +11,7 @@ from alignvlm_jax.benchmarks.tasks import Task
 from alignvlm_jax.data.chat import ChatTurn
 from alignvlm_jax.data.record import Record, Turn
 from alignvlm_jax.data.shards import RecordSource
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import UserError, listed
 from alignvlm_jax.parallel import distributed, exchange
 
 MAX_READ = 8
@@ -121,10 +121,10 @@ def _choose(records: Sequence[Record], count: int | None, needs_answers: bool) -
     number = wanted
     read: dict[int, _Source] = {}
     while True:
-        for index in _spread(len(records), number):
-            if index not in read:
-                read[index] = _source(index, records[index], needs_answers)
-        found = [read[index] for index in _spread(len(records), number) if read[index].usable]
+        indices = _spread(len(records), number)
+        for index in {*indices} - read.keys():
+            read[index] = _source(index, records[index], needs_answers)
+        found = [read[index] for index in indices if read[index].usable]
         if len(found) >= wanted or number >= min(len(records), MAX_READ * wanted + MIN_READ):
             break
         # Many records have none, as pages that are only to be read: look at twice as many, but not
@@ -185,9 +185,7 @@ def open_benchmark(task: Task, data: Path, count: int | None) -> Benchmark:
         raise UserError(f"split {task.split!r} in {directory} has no questions")
     counts = collections.Counter(question.id for question in questions)
     if twice := [repr(name) for name, number in counts.items() if number > 1]:
-        shown = ", ".join(twice[:MAX_SHOWN]) + (
-            f" and {len(twice) - MAX_SHOWN} more" if len(twice) > MAX_SHOWN else ""
-        )
+        shown = listed(twice, MAX_SHOWN)
         raise UserError(
             f"split {task.split!r} in {directory} has more than one question of the id {shown}"
         )

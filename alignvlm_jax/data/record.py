@@ -31,6 +31,12 @@ class Word:
     edges: tuple[float, ...] | None = None
     confidence: float | None = None
 
+    @property
+    def has_area(self) -> bool:
+        """Whether its box is more than a line or a point."""
+        left, top, right, bottom = self.box
+        return left < right and top < bottom
+
 
 @dataclasses.dataclass(frozen=True)
 class Turn:

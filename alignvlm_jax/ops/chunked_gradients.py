@@ -139,6 +139,59 @@ def gradients(
     douts: Outputs,
 ) -> Inputs:
     """Returns the gradients of a device's shards of the inputs."""
+    chunks, dtable = _chunks(options, axes, wanted, inputs, label_ids, mask, saved, douts)
+    zeros_n = jnp.zeros(inputs.x.shape[0])
+    carry = jnp.zeros(inputs.x.shape), zeros_n, zeros_n
+    carry, parts = jax.lax.scan(chunks.chunk, carry, jnp.arange(chunks.columns.number))
+    dx_nD, sum_n, sum_normed_n = (psum(x, axes.vocab) for x in carry)
+    letters = options.head_letters
+    dhead, dtable_parts, dscale, dbias = (
+        None if part is None else chunks.columns.joined(part, axis)
+        for part, axis in zip(parts, (letters.index("V"), 0, 0, 0), strict=True)
+    )
+    # Of what is kept the table's gradient is made at once, outside of the chunks.
+    dtable = dtable_parts if dtable is None else dtable
+    summed = Inputs(
+        dx_nD,
+        _summed(dhead, without(axes.rows, axes.head_embed)),
+        _summed(dtable, without(axes.rows, axes.table_embed)),
+        _summed(dscale, axes.rows),
+        _summed(dbias, axes.rows),
+    )
+    if inputs.scale is not None:
+        dx_nD, dhead = through_statistics(
+            dx_nD,
+            summed.head,
+            sum_n,
+            sum_normed_n,
+            chunks.rows,
+            chunks.columns,
+            saved.statistics,
+            axes,
+            options,
+        )
+        summed = summed._replace(x=dx_nD, head=dhead)
+    # Of what is frozen there is none, and custom_vjp wants zeros for it.
+    return Inputs(
+        *(
+            None if x is None else jnp.zeros_like(x) if dx is None else dx.astype(x.dtype)
+            for x, dx in zip(inputs, summed, strict=True)
+        )
+    )
+
+
+def _chunks(
+    options: Options,
+    axes: Axes,
+    wanted: Wanted,
+    inputs: Inputs,
+    label_ids: Int[Array, "n k"],
+    mask: Float[Array, "v"],
+    saved: Saved,
+    douts: Outputs,
+) -> tuple:
+    """Returns the `_Chunks`; and where entries are kept, the gradient of the table's shard, if it
+    is wanted, float32 [v, d], else None."""
     columns = Columns.of(inputs, mask, axes, options)
     dlabel_logits = douts.label_logits
     dtable = None
@@ -157,58 +210,20 @@ def gradients(
         slope_n = slope_n - (
             douts.average.astype(jnp.float32) * saved.average.astype(jnp.float32)
         ).sum(-1)
-    rows = Rows.of(inputs.x, saved.statistics, options.eps)
-    backward = _Chunks(
+    chunks = _Chunks(
         options,
         axes,
         wanted,
         num_entries_of(mask, axes.vocab),
         columns,
-        rows,
+        Rows.of(inputs.x, saved.statistics, options.eps),
         saved.log_sum_exp,
         douts.average,
         slope_n,
         label_ids,
         dlabel_logits,
     )
-    zeros_n = jnp.zeros(inputs.x.shape[0])
-    carry = jnp.zeros(inputs.x.shape), zeros_n, zeros_n
-    carry, parts = jax.lax.scan(backward.chunk, carry, jnp.arange(columns.number))
-    dx_nD, sum_n, sum_normed_n = (psum(x, axes.vocab) for x in carry)
-    letters = options.head_letters
-    dhead, dtable_parts, dscale, dbias = (
-        None if part is None else columns.joined(part, axis)
-        for part, axis in zip(parts, (letters.index("V"), 0, 0, 0), strict=True)
-    )
-    # Of what is kept the table's gradient is made at once, outside of the chunks.
-    dtable = dtable_parts if dtable is None else dtable
-    summed = Inputs(
-        dx_nD,
-        _summed(dhead, without(axes.rows, axes.head_embed)),
-        _summed(dtable, without(axes.rows, axes.table_embed)),
-        _summed(dscale, axes.rows),
-        _summed(dbias, axes.rows),
-    )
-    if inputs.scale is not None:
-        dx_nD, dhead = through_statistics(
-            dx_nD,
-            summed.head,
-            sum_n,
-            sum_normed_n,
-            rows,
-            columns,
-            saved.statistics,
-            axes,
-            options,
-        )
-        summed = summed._replace(x=dx_nD, head=dhead)
-    # Of what is frozen there is none, and custom_vjp wants zeros for it.
-    return Inputs(
-        *(
-            None if x is None else jnp.zeros_like(x) if dx is None else dx.astype(x.dtype)
-            for x, dx in zip(inputs, summed, strict=True)
-        )
-    )
+    return chunks, dtable
 
 
 def _summed(x: Array | None, axes: tuple[str, ...]) -> Array | None:

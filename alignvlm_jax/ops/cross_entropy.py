@@ -174,7 +174,6 @@ class Sample(NamedTuple):
         ids_V = jnp.arange(vocab_size)
         is_label_V = jnp.zeros(vocab_size, bool).at[label_ids.reshape(-1)].set(True)
         draws_V = jax.random.uniform(jax.random.key(label_ids.sum()), (vocab_size,))
-        # Labels come first, and what pads the table last: it stands for nothing.
         is_valid_V = ids_V < num_valid
         # By their ids, rare tokens would be left out in every step.
         most = max(size // 2, 1)

@@ -9,7 +9,6 @@ tables.
 """
 
 import dataclasses
-import fnmatch
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +25,7 @@ from alignvlm_jax.benchmarks import scores, summary
 from alignvlm_jax.benchmarks.runner import Runner
 from alignvlm_jax.config import Config, DataConfig, EvalConfig
 from alignvlm_jax.data import prepared
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import UserError, listed
 from alignvlm_jax.inference import loading, patch_tokens
 from alignvlm_jax.models import connectors, vlm
 from alignvlm_jax.report import contents
@@ -159,22 +158,13 @@ def _check_row(run: Path, first: Path) -> None:
     stages = [_stages(one) for one in (run, first)]
     if (seed := stages[0][-1].seed) != named:
         raise UserError(f"{run} was trained with config.seed={seed}, not {named} as its name says")
-    found = [
-        f"{field} is {ours} and {theirs}"
-        for field, ours, theirs in workdir.differences(*map(config_lib.to_json, stages))
-        if not _differs_between_seeds(field)
-    ]
+    found = workdir.differences(
+        *(workdir.without(config_lib.to_json(one), BETWEEN_SEEDS) for one in stages)
+    )
     if found:
-        more = len(found) - workdir.MAX_DIFFERENCES
-        shown = ", ".join(found[: workdir.MAX_DIFFERENCES]) + f" and {more} more" * (more > 0)
+        texts = [f"{field} is {ours} and {theirs}" for field, ours, theirs in found]
+        shown = listed(texts, workdir.MAX_DIFFERENCES)
         raise UserError(f"{run} is no other seed of {first}: {shown}")
-
-
-def _differs_between_seeds(field: str) -> bool:
-    """Whether a field, as `workdir.differences` names it, may differ between runs of a row."""
-    # "config.stages.read.optim.b1" and "config.optim.b1" are both "optim.b1".
-    name = re.sub(r"^config\.(stages\.[^.]+\.)?", "", field)
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in BETWEEN_SEEDS)
 
 
 def row_of(run: Path) -> str:

@@ -75,19 +75,14 @@ def num_lines(
 
 def _upright(lines: Iterable[Line]) -> tuple[Line, ...]:
     """Returns the lines that can be read as they stand on the page, without their blank words:
-    those with a turned word, as labels of axes are, and those without height are left out."""
+    those with a turned word, as labels of axes are, or with one without area are left out."""
     kept = [tuple(word for word in line if word.text.strip()) for line in lines]
     has_edges = any(word.edges is not None for line in kept for word in line)
     return tuple(
         line
         for line in kept
-        if line and not any(_is_flat(word) or _is_turned(word, has_edges) for word in line)
+        if line and all(word.has_area and not _is_turned(word, has_edges) for word in line)
     )
-
-
-def _is_flat(word: Word) -> bool:
-    left, top, right, bottom = word.box
-    return right <= left or bottom <= top
 
 
 def _is_turned(word: Word, has_edges: bool) -> bool:

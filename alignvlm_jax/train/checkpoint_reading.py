@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config, renamed
-from alignvlm_jax.errors import TryAgainError, UserError
+from alignvlm_jax.errors import TryAgainError, UserError, listed
 from alignvlm_jax.storage import Path, faults
 from alignvlm_jax.storage.faults import Kind
 from alignvlm_jax.train import checkpoint_files
@@ -179,8 +179,7 @@ class Reader:
                 lines.append(
                     f"{path} is {list(stored[path].shape)} there and {list(array.shape)} here"
                 )
-        more = f" and {len(lines) - MAX_DIFFERENCES} more" if len(lines) > MAX_DIFFERENCES else ""
-        return ", ".join(lines[:MAX_DIFFERENCES]) + more
+        return listed(lines, MAX_DIFFERENCES)
 
 
 def _with_layout(metadata: dict[str, Any]) -> tuple[dict[str, Any], int]:

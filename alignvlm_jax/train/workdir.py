@@ -11,13 +11,13 @@ import fnmatch
 import json
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from alignvlm_jax import config as config_lib
 from alignvlm_jax import storage
 from alignvlm_jax.config import Config
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import UserError, listed
 from alignvlm_jax.parallel import distributed, exchange
 from alignvlm_jax.storage import Path, lease
 from alignvlm_jax.train.checkpoint import FOLDER
@@ -136,22 +136,15 @@ def check_same(workdir: Path, stages: tuple[Config, ...]) -> None:
     try:
         theirs = config_lib.current_form(json.loads(path.read_text()))
         differing = differences(
-            *(_without_resumable(one) for one in (theirs, _through_json(stages)))
+            *(without(one, RESUMABLE_FIELDS) for one in (theirs, _through_json(stages)))
         )
     except (ValueError, TypeError, KeyError, AttributeError) as err:
         raise UserError(f"{path} is damaged ({err}); mend it, or take another --workdir") from err
     if differing:
-        shown = ", ".join(
-            f"{field} is {there} there and {here} here"
-            for field, there, here in differing[:MAX_DIFFERENCES]
-        )
-        more = (
-            f" and {len(differing) - MAX_DIFFERENCES} more"
-            if len(differing) > MAX_DIFFERENCES
-            else ""
-        )
+        texts = [f"{field} is {there} there and {here} here" for field, there, here in differing]
+        shown = listed(texts, MAX_DIFFERENCES)
         raise UserError(
-            f"{path.parent} belongs to another config: {shown}{more}; take another --workdir, and "
+            f"{path.parent} belongs to another config: {shown}; take another --workdir, and "
             f"--config.init_from={path.parent} to begin with what was trained here"
         )
 
@@ -174,16 +167,16 @@ def _stored_id(path: Path) -> str:
     return json.loads(path.read_text())[0].get("run_id", "") if _has_begun(path) else ""
 
 
-def _without_resumable(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the fields of each stage by their dotted names, without resumable ones."""
+def without(stages: list[dict[str, Any]], patterns: Iterable[str]) -> list[dict[str, Any]]:
+    """Returns the fields of each stage by their dotted names, without those of some patterns."""
 
-    def is_resumable(name: str, value: Any) -> bool:
+    def is_left_out(name: str, value: Any) -> bool:
         if fnmatch.fnmatchcase(name, "data.tasks.*") and not value:
             return True  # A task without weight is none.
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in RESUMABLE_FIELDS)
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
     return [
-        {name: value for name, value in _leaves(stage, "") if not is_resumable(name, value)}
+        {name: value for name, value in _leaves(stage, "") if not is_left_out(name, value)}
         for stage in stages
     ]
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignvlm_jax.errors import UserError
+from alignvlm_jax.errors import UserError, listed
 from alignvlm_jax.shapes import Array
 from alignvlm_jax.weights.mapping import Entry
 from alignvlm_jax.weights.source import Source, Tower
@@ -126,7 +126,4 @@ def _prefix_hint(missing: list[str], unexplained: list[str]) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return (
-        f"{len(names)} tensor{'s' if len(names) > 1 else ''}: {', '.join(names[:MAX_NAMES])}{more}"
-    )
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}: {listed(names, MAX_NAMES)}"

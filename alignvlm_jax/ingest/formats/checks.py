@@ -7,6 +7,7 @@ import json
 import math
 import tokenize
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,8 @@ def check(record: Record, needs_answers: bool = True) -> Record:
         raise Reject("the id is empty")
     record = _answered(record) if needs_answers else record
     turns = tuple(map(_usable, record.turns))
-    record = dataclasses.replace(record, turns=turns, lines=tuple(map(_with_text, record.lines)))
+    lines = tuple(_of_words(page, lambda word: bool(word.text.strip())) for page in record.lines)
+    record = dataclasses.replace(record, turns=turns, lines=lines)
     _check_text(record.system, "the system turn", MAX_TEXT_BYTES)
     _check_offsets(turns, len(record.images))
     for turn in turns:
@@ -85,7 +87,9 @@ def check(record: Record, needs_answers: bool = True) -> Record:
             words = [word for line in record.lines[number] for word in line]
             _check_boxes(words, image.size, number)
             _check_ink(words, image, number)
-    return dataclasses.replace(record, lines=tuple(map(_with_area, record.lines)))
+    # As OCR gives a bar or a dash: no patch could be taught what they say.
+    lines = tuple(_of_words(page, lambda word: word.has_area) for page in record.lines)
+    return dataclasses.replace(record, lines=lines)
 
 
 def check_header(image: Image.Image) -> None:
@@ -207,23 +211,13 @@ def _usable(turn: Turn) -> Turn:
     )
 
 
-def _with_text(lines: tuple[tuple[Word, ...], ...]) -> tuple[tuple[Word, ...], ...]:
-    """Returns the lines of a page that have words, without those words that are white space: a
-    transcription would have two spaces in their place."""
-    kept = (tuple(word for word in line if word.text.strip()) for line in lines)
+def _of_words(
+    lines: tuple[tuple[Word, ...], ...], is_kept: Callable[[Word], bool]
+) -> tuple[tuple[Word, ...], ...]:
+    """Returns the lines of a page with the words that are kept, without lines that have none: in
+    the place of a word that is white space a transcription would have two spaces."""
+    kept = (tuple(filter(is_kept, line)) for line in lines)
     return tuple(line for line in kept if line)
-
-
-def _with_area(lines: tuple[tuple[Word, ...], ...]) -> tuple[tuple[Word, ...], ...]:
-    """Returns the lines of a page without words whose boxes have no area, as OCR gives a bar or a
-    dash: no patch could be taught what they say."""
-    kept = (tuple(word for word in line if _has_area(word)) for line in lines)
-    return tuple(line for line in kept if line)
-
-
-def _has_area(word: Word) -> bool:
-    left, top, right, bottom = word.box
-    return left < right and top < bottom
 
 
 def _check_offsets(turns: tuple[Turn, ...], num_images: int) -> None:
@@ -252,7 +246,7 @@ def _check_boxes(words: list[Word], size: tuple[int, int], number: int) -> None:
     """Raises Reject if a word of image `number`, of this width and height, lies outside of it, or
     many lie nowhere: their patches would be taught that they are blank."""
     width, height = size
-    flat = [word for word in words if not _has_area(word)]
+    flat = [word for word in words if not word.has_area]
     if len(flat) > max(1, MAX_WITHOUT_AREA * len(words)):
         raise Reject(
             f"words have boxes without area ({len(flat)} of {len(words)} of image {number}: "
